@@ -1,0 +1,331 @@
+"""What every callback that keeps averaged weights shares: their life through fits, validation and checkpoints."""
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_stable.callbacks._evaluate import LoggedValue, evaluate_validation
+from lightning_stable.callbacks._host import MethodWrap, refuse_company, run_first
+from lightning_stable.callbacks._weights import WeightSwap
+from lightning_stable.functional.ema import init_ema
+
+__all__ = ["AveragedWeights"]
+
+
+class AveragedWeights(Callback, ABC):
+    """Keep a shadow of the weights, average into it after each optimizer step, and run with it where asked.
+
+    A subclass says how one average is taken (:meth:`_average`); its public arguments are documented there.
+
+    Tracked are the parameters that train, and with ``buffers="average"`` the floating-point buffers; all else is the
+    live module's. A parameter that begins to train later joins with its value at the start of that epoch. The shadow
+    goes on over several fits of the same module and starts anew with another module.
+    """
+
+    def __init__(
+        self,
+        *,
+        start_step: int,
+        buffers: str,
+        device: str | None,
+        dtype: str | None,
+        validate_with: str,
+        finish_with: str,
+    ) -> None:
+        if isinstance(start_step, bool) or not isinstance(start_step, int) or start_step < 0:
+            raise ValueError(f"start_step={start_step!r} is not a number of optimizer steps from 0 on.")
+        _check_choice("buffers", buffers, ("copy", "average"))
+        _check_choice("validate_with", validate_with, ("ema", "live", "both"))
+        _check_choice("finish_with", finish_with, ("ema", "live"))
+        self.start_step = start_step
+        self.buffers = buffers
+        self.device = None if device is None else torch.device(device)
+        self.dtype = _floating_dtype(dtype)
+        self.validate_with = validate_with
+        self.finish_with = finish_with
+
+        self._module: weakref.ref[LightningModule] | None = None
+        self._parameters: dict[str, Tensor] = {}
+        self._aliases: dict[str, str] = {}
+        self._shadow: dict[str, Tensor] | None = None
+        self._updates = 0
+        self._last_step = 0
+        self._swap = WeightSwap()
+        self._save_wrap: MethodWrap | None = None
+        self._restored: dict[str, Any] | None = None
+        self._live_values: dict[str, LoggedValue] = {}
+
+    # ------------------------------------------------------------------ what a subclass says
+
+    @abstractmethod
+    def _average(self, shadow: list[Tensor], live: list[Tensor], names: list[str]) -> None:
+        """Take one average of ``live`` into ``shadow``, in place."""
+
+    def _due(self, previous_step: int, step: int) -> bool:
+        """Tell whether an average is due after the optimizer steps from ``previous_step`` to ``step``."""
+        return True
+
+    # ------------------------------------------------------------------ hooks, in the host's order
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+            raise ValueError(  # noqa: TRY004  a setting that does not fit, not a wrong type
+                f"{type(self).__name__} does not work with {type(trainer.strategy).__name__}: its weights are sharded "
+                "over processes. Use a strategy that keeps whole weights, such as 'ddp' or a single device."
+            )
+        others = (AveragedWeights, WeightAveraging, StochasticWeightAveraging)
+        refuse_company(trainer, self, others, "each would validate and finish with its own average")
+        run_first(trainer, self)
+        if self._module is None or self._module() is not pl_module:
+            self.reset()
+            self._module = weakref.ref(pl_module)
+        elif self._swap.active and self._shadow is not None:
+            # The last fit ended on the average: it is what the module holds, and training goes on from there.
+            values = self._swap.other_values()
+            self._shadow = dict(zip(self._shadow, init_ema(values, self.device, self.dtype).shadow, strict=True))
+            self._swap.release()
+        self._restored = None
+        self._undo_wrap()
+        self._save_wrap = MethodWrap(pl_module, "on_save_checkpoint", self._save_validated_weights)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # The module was given the checkpoint's state_dict, which may be the average: training needs the live weights.
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        if trainer.state.fn != TrainerFn.FITTING or "live" not in state:
+            return
+        present = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
+        missing = sorted(state["live"].keys() - present.keys())
+        if missing:
+            raise ValueError(
+                f"The checkpoint's {type(self).__name__} averaged weights that this module does not have, the first is "
+                f"{missing[0]!r} of {len(missing)}. Resume with the module that was trained."
+            )
+        with torch.no_grad():
+            for name, value in state["live"].items():
+                present[name].copy_(value)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step
+        self._aliases = _aliases(pl_module)
+        if self._restored is not None:
+            self._take_over(self._restored, pl_module)
+            self._restored = None
+        # What the shadow holds stays tracked, even if it no longer trains.
+        held = self._shadow or {}
+        self._parameters = {name: value for name, value in pl_module.named_parameters() if name in held}
+        self._track(pl_module)
+        if self._shadow is None and trainer.global_step >= self.start_step:
+            self._begin(pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            # After every hook that unfreezes at the start of an epoch, before its first update.
+            self._track(pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, previous = trainer.global_step, self._last_step
+        if step == previous:
+            return
+        self._last_step = step
+        if step < self.start_step:
+            return
+        if self._shadow is None:
+            self._begin(pl_module)
+        elif self._due(previous, step):
+            names, live = self._live(pl_module)
+            self._average(list(self._shadow.values()), live, names)
+            self._updates += 1
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or self._shadow is None or self.validate_with == "live":
+            return
+        if self.validate_with == "both":
+            self._live_values = evaluate_validation(trainer, pl_module)
+        _, live = self._live(pl_module)
+        self._swap.swap_in(live, list(self._shadow.values()))
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, logged in self._live_values.items():
+            base, mark, index = name.partition("/dataloader_idx_")
+            pl_module.log(
+                f"{base}_live{mark}{index}",
+                logged.value,
+                batch_size=logged.weight,
+                reduce_fx=logged.reduce_fx,
+                sync_dist=logged.sync_dist,
+                add_dataloader_idx=False,  # the name has it
+            )
+        self._live_values = {}
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._swap.swap_out()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._shadow is None:
+            rank_zero_warn(
+                f"{type(self).__name__}(start_step={self.start_step}) never began: training ended at optimizer step "
+                f"{trainer.global_step}. The module keeps its live weights. Set start_step lower to get an average."
+            )
+        elif self.finish_with == "ema":
+            _, live = self._live(pl_module)
+            self._swap.swap_in(live, list(self._shadow.values()))
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._live_values = {}
+        self._swap.swap_out()
+        self._undo_wrap()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._undo_wrap()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._shadow is None:
+            return {"updates": 0}
+        module = self._module() if self._module is not None else None
+        names = list(self._shadow)
+        if self._swap.active:
+            shadow, live = self._swap.other_values(), self._swap.live_values()
+        else:
+            shadow, live = list(self._shadow.values()), self._live(module)[1] if module is not None else []
+        return {
+            "updates": self._updates,
+            "shadow": dict(zip(names, shadow, strict=True)),
+            "live": {name: value.detach() for name, value in zip(names, live, strict=True)},
+            "aliases": dict(self._aliases),
+        }
+
+    # ------------------------------------------------------------------ for users
+
+    @property
+    def updates(self) -> int:
+        """Averages taken so far."""
+        return self._updates
+
+    def reset(self) -> None:
+        """Forget the average: the next fit starts a new one from the module's weights then."""
+        self._swap.release()
+        self._shadow = None
+        self._updates = 0
+        self._parameters = {}
+
+    # ------------------------------------------------------------------ helpers
+
+    def _live(self, pl_module: LightningModule) -> tuple[list[str], list[Tensor]]:
+        """Return the names and the live tensors that are tracked, in the order of the shadow."""
+        tracked = self._parameters
+        if self.buffers == "average":
+            # Looked up each time: modules may replace a buffer by another tensor.
+            tracked = {**tracked, **_floating_buffers(pl_module)}
+        names = list(tracked if self._shadow is None else self._shadow)
+        return names, [tracked[name] for name in names]
+
+    def _track(self, pl_module: LightningModule) -> None:
+        """Add the parameters that have begun to train."""
+        new = {
+            name: parameter
+            for name, parameter in pl_module.named_parameters()
+            if parameter.requires_grad and parameter.is_floating_point() and name not in self._parameters
+        }
+        self._parameters |= new
+        if self._shadow is not None:
+            fresh = {name: parameter for name, parameter in new.items() if name not in self._shadow}
+            self._shadow |= dict(
+                zip(fresh, init_ema(list(fresh.values()), self.device, self.dtype).shadow, strict=True)
+            )
+
+    def _begin(self, pl_module: LightningModule) -> None:
+        """Start the average at the present weights."""
+        names, live = self._live(pl_module)
+        if not names:
+            raise ValueError(
+                f"{type(self).__name__} found no parameter of {type(pl_module).__name__} that trains "
+                "(requires_grad is False for all of them), so there is nothing to average."
+            )
+        self._shadow = dict(zip(names, init_ema(live, self.device, self.dtype).shadow, strict=True))
+        self._updates = 0
+
+    def _take_over(self, state: dict[str, Any], pl_module: LightningModule) -> None:
+        """Go on with the average of a checkpoint, on this run's device and in its precision."""
+        self._updates = state["updates"]
+        if "shadow" not in state:
+            rank_zero_info(f"{type(self).__name__}: the checkpoint was saved before the average began.")
+            return
+        like = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
+        self._shadow = {
+            name: value.to(device=self.device or like[name].device, dtype=self.dtype or like[name].dtype, copy=True)
+            for name, value in state["shadow"].items()
+        }
+
+    def _save_validated_weights(self, original: Callable[..., None], checkpoint: dict[str, Any]) -> None:
+        """Let a checkpoint's ``state_dict`` be the weights that validation measures, whoever saves it."""
+        if self._shadow is not None and self.validate_with != "live":
+            values = self._swap.other_values() if self._swap.active else list(self._shadow.values())
+            shadow = dict(zip(self._shadow, values, strict=True))
+            weights = checkpoint["state_dict"]
+            for alias, name in self._aliases.items():
+                if alias in weights and name in shadow:
+                    weights[alias] = shadow[name].to(weights[alias].dtype)
+        original(checkpoint)
+
+    def _undo_wrap(self) -> None:
+        """Take the wrap off the module."""
+        if self._save_wrap is not None:
+            self._save_wrap.undo()
+            self._save_wrap = None
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, allowed))}.")
+
+
+def _floating_dtype(name: str | None) -> torch.dtype | None:
+    """Return the dtype called ``name``."""
+    found = None if name is None else getattr(torch, name.removeprefix("torch."), None)
+    if name is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype={name!r} is not a floating-point dtype. Choose 'float32', 'bfloat16', 'float16' …")
+    return found
+
+
+def _floating_buffers(module: LightningModule) -> dict[str, Tensor]:
+    """Return the floating-point buffers by name."""
+    return {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+
+
+def _aliases(module: LightningModule) -> dict[str, str]:
+    """Map every name of a parameter or buffer to the first one of the same tensor: tied weights have several."""
+    first: dict[int, str] = {}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}

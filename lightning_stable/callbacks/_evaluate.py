@@ -1,0 +1,137 @@
+"""Run the validation of a module inside training, once more, and keep what it logs to oneself."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_stable.callbacks._host import MethodWrap
+
+__all__ = ["LoggedValue", "evaluate_validation"]
+
+
+class LoggedValue(NamedTuple):
+    """What a module logged under one name over a pass.
+
+    Attributes:
+        value: The reduced value, a scalar.
+        weight: The number of samples it stands for on this process.
+        reduce_fx: How the module asked to reduce it: ``"mean"``, ``"sum"``, ``"min"`` or ``"max"``.
+        sync_dist: Whether the module asked to reduce it over processes.
+    """
+
+    value: Tensor
+    weight: int
+    reduce_fx: str
+    sync_dist: bool
+
+
+def evaluate_validation(trainer: Trainer, pl_module: LightningModule) -> dict[str, LoggedValue]:
+    """Validate ``pl_module`` as it is now, and return what it logged instead of logging it.
+
+    Runs the module's own ``validation_step`` and validation epoch hooks over the Trainer's validation dataloaders,
+    without gradients, in eval mode, under the run's precision. Random state, train flags and the torchmetrics that the
+    module logs are afterwards as they were before a pass.
+
+    Args:
+        trainer: A Trainer in the middle of a fit.
+        pl_module: Its module.
+
+    Returns:
+        The logged values by name; with several dataloaders, with the host's ``/dataloader_idx_N`` suffix.
+    """
+    loaders = CombinedLoader(trainer.val_dataloaders, "sequential")
+    loaders.limits = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+    several = len(loaders.flattened) > 1
+    recorder = _Recorder(several)
+    wrap = MethodWrap(pl_module, "log", recorder.log)
+    try:
+        with torch.no_grad(), isolate_rng(), _eval_mode(pl_module):
+            pl_module.on_validation_epoch_start()
+            for batch, batch_idx, dataloader_idx in iter(loaders):
+                moved = _to_device(trainer, pl_module, batch, dataloader_idx)
+                recorder.position(moved, dataloader_idx)
+                trainer.strategy.validation_step(moved, batch_idx, *([dataloader_idx] if several else []))
+            recorder.position(None, None)
+            pl_module.on_validation_epoch_end()
+            return recorder.results()
+    finally:
+        wrap.undo()
+
+
+class _Recorder:
+    """Stands in for ``LightningModule.log`` during a pass."""
+
+    def __init__(self, several: bool) -> None:
+        self._several = several
+        self._values: dict[str, list[tuple[Tensor, int]]] = {}
+        self._metrics: dict[str, Metric] = {}
+        self._asked: dict[str, tuple[str, bool]] = {}
+        self._batch: Any = None
+        self._dataloader_idx: int | None = None
+
+    def position(self, batch: Any, dataloader_idx: int | None) -> None:
+        self._batch, self._dataloader_idx = batch, dataloader_idx
+
+    def log(self, _original: Callable[..., None], name: str, value: Any, *_args: Any, **kwargs: Any) -> None:
+        if self._several and self._dataloader_idx is not None and kwargs.get("add_dataloader_idx", True):
+            name = f"{name}/dataloader_idx_{self._dataloader_idx}"
+        reduce_fx = kwargs.get("reduce_fx", "mean")
+        self._asked[name] = (getattr(reduce_fx, "__name__", str(reduce_fx)), bool(kwargs.get("sync_dist", False)))
+        if isinstance(value, Metric):
+            self._metrics[name] = value
+            return
+        scalar = torch.as_tensor(value).detach().float()
+        self._values.setdefault(name, []).append((scalar, kwargs.get("batch_size") or self._batch_size()))
+
+    def results(self) -> dict[str, LoggedValue]:
+        found = {name: self._reduced(name, pairs) for name, pairs in self._values.items()}
+        for name, metric in self._metrics.items():
+            # torchmetrics reduces over processes itself.
+            found[name] = LoggedValue(metric.compute().detach(), 1, "mean", False)
+        for metric in self._metrics.values():
+            metric.reset()
+        return found
+
+    def _reduced(self, name: str, pairs: list[tuple[Tensor, int]]) -> LoggedValue:
+        reduce_fx, sync_dist = self._asked[name]
+        values = torch.stack([value for value, _ in pairs])
+        weights = torch.tensor([weight for _, weight in pairs], device=values.device)
+        reduced = {
+            "sum": lambda: values.sum(),
+            "min": lambda: values.min(),
+            "max": lambda: values.max(),
+        }.get(reduce_fx, lambda: (values * weights).sum() / weights.sum())()
+        return LoggedValue(reduced, int(weights.sum()), reduce_fx, sync_dist)
+
+    def _batch_size(self) -> int:
+        return 1 if self._batch is None else int(extract_batch_size(self._batch))
+
+
+def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any, dataloader_idx: int) -> Any:
+    """Move a batch as the host's evaluation loop does.
+
+    The one private call here, ``_on_before_batch_transfer``, is how the host honours that hook on a datamodule.
+    """
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluate, and give each submodule its own train flag back."""
+    flags = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, flag in flags:
+            part.training = flag

@@ -1,0 +1,86 @@
+"""The table of methods: one row each, from which the command, the docs index and the contract suite are made."""
+
+import difflib
+import importlib
+from typing import Any, Literal, NamedTuple
+
+__all__ = ["METHODS", "Method", "find_method", "load_class", "nearest"]
+
+Kind = Literal["callback", "strategy", "precision", "peft", "metric"]
+
+
+class Method(NamedTuple):
+    """One row of :data:`METHODS`.
+
+    Attributes:
+        name: The one name of the method: its file in every layer, its card, its addon.
+        kind: What the class plugs into.
+        class_path: Dotted path of the class, as a config's ``class_path``.
+        paper: Its source, as an arXiv id.
+        summary: What it is for, in one line.
+        addons: Further packaged addons that configure the same class.
+    """
+
+    name: str
+    kind: Kind
+    class_path: str
+    paper: str
+    summary: str
+    addons: tuple[str, ...] = ()
+
+    @property
+    def class_name(self) -> str:
+        """The bare class name, unique among all loaded classes."""
+        return self.class_path.rpartition(".")[2]
+
+
+METHODS: tuple[Method, ...] = (
+    Method(
+        name="wsd",
+        kind="callback",
+        class_path="lightning_stable.callbacks.wsd.WarmupStableDecay",
+        paper="2404.06395, 2410.05192",
+        summary="Warmup-stable-decay learning rate, for one horizon, many budgets (WSD-S) or an open end",
+        addons=("wsd_s",),
+    ),
+    Method(
+        name="ema",
+        kind="callback",
+        class_path="lightning_stable.callbacks.ema.EMA",
+        paper="2306.16817",
+        summary="Exponential moving average of the weights, validated, checkpointed and resumed exactly",
+    ),
+    Method(
+        name="balanced_ema",
+        kind="callback",
+        class_path="lightning_stable.callbacks.balanced_ema.BalancedEMA",
+        paper="2410.10868",
+        summary="Weight average whose coefficient balances stability and plasticity, for each tensor and step",
+    ),
+)
+
+
+def nearest(name: str, candidates: list[str]) -> str:
+    """Return ``"Did you mean 'x'?"`` for the near ones among ``candidates``, else the list of all of them."""
+    near = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
+    if near:
+        return "Did you mean " + " or ".join(repr(candidate) for candidate in near) + "?"
+    return "Known names: " + ", ".join(sorted(candidates)) + "."
+
+
+def find_method(name: str) -> Method:
+    """Return the row called ``name``.
+
+    Raises:
+        ValueError: If there is none; the message suggests the near ones.
+    """
+    for method in METHODS:
+        if method.name == name:
+            return method
+    raise ValueError(f"Unknown method {name!r}. {nearest(name, [method.name for method in METHODS])}")
+
+
+def load_class(method: Method) -> Any:
+    """Import and return the class of a row."""
+    module, _, attribute = method.class_path.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,342 @@
+"""What the contracts run on: a deterministic stream, modules of several kinds, runs that compare bit by bit.
+
+Nothing here knows a method by name. Weights and rates are recorded inside the optimizer, so that an oracle sees what
+training did without trusting any hook.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+FEATURES = 6
+BATCHES = 6
+BATCH_SIZE = 8
+
+
+class Stream:
+    """A training loader whose batches follow from their number, and which knows how far it is.
+
+    Each process of a group takes every n-th sample of the same batch, so that two processes see what one sees.
+    """
+
+    def __init__(self, batches: int = BATCHES, seed: int = 0) -> None:
+        self.batches = batches
+        self.seed = seed
+        self.position = 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # A loop that knows the length stops at the last batch and never sees the end of the iterator.
+        self.position %= self.batches
+        while self.position < self.batches:
+            self.position += 1
+            yield self.batch(self.position - 1)
+
+    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + index)
+        x = torch.randn(BATCH_SIZE, FEATURES, generator=generator)
+        y = torch.sin(x.sum(1, keepdim=True)) + 0.1 * torch.randn(BATCH_SIZE, 1, generator=generator)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return x[rank::world], y[rank::world]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class EndlessStream(IterableDataset):
+    """A dataset without a length."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        stream = Stream()
+        while True:
+            yield from iter(stream)
+
+
+class Step(NamedTuple):
+    """What one optimizer step did."""
+
+    rates: list[float]
+    before: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+class RecordingSGD(torch.optim.SGD):
+    """SGD with momentum that remembers every step it takes."""
+
+    def __init__(self, module: nn.Module, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, momentum=0.9)
+        self.module = module
+        self.steps: list[Step] = []
+        self.unclipped: dict[str, Tensor] = {}
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        before = _copies(self.module)
+        result = super().step(closure)
+        rates = [float(group["lr"]) for group in self.param_groups]
+        self.steps.append(Step(rates, before, self.unclipped, _copies(self.module)))
+        return result
+
+
+class Net(LightningModule):
+    """A small regressor with batch norm and, if asked, dropout; two parameter groups of different rates."""
+
+    def __init__(self, dropout: float = 0.0, norm: bool = True, rates: tuple[float, float] = (0.05, 0.02)) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.body = nn.Sequential(
+            nn.Linear(FEATURES, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh(), nn.Dropout(dropout)
+        )
+        self.head = nn.Linear(8, 1)
+        self.rates = rates
+        self.steps: list[Step] = []
+        self.fail_at: tuple[str, int] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return nn.functional.mse_loss(self(x), y)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        self._maybe_fail("train")
+        loss = self.loss(batch)
+        self.log("train_loss", loss, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._maybe_fail("validate")
+        self.log("val_loss", self.loss(batch), batch_size=len(batch[0]), sync_dist=True)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Callbacks have run, clipping has not: what a gradient transform leaves and an average may look at.
+        recording = getattr(optimizer, "optimizer", optimizer)
+        recording.unclipped = {n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = [
+            {"params": list(self.body.parameters()), "lr": self.rates[0]},
+            {"params": list(self.head.parameters()), "lr": self.rates[1]},
+        ]
+        optimizer = RecordingSGD(self, groups)
+        # The same list over several fits: what was recorded outlives the Trainer's optimizers.
+        optimizer.steps = self.steps
+        return optimizer
+
+    def _maybe_fail(self, where: str) -> None:
+        if self.fail_at == (where, self.trainer.global_step) and not self.trainer.sanity_checking:
+            raise RuntimeError("deliberate failure in the middle of training")
+
+
+class DictNet(Net):
+    """Returns a dictionary from its steps."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        return {"loss": super().training_step(batch, batch_idx), "extra": batch[0].mean()}
+
+
+class ManualNet(Net):
+    """Steps one optimizer itself."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        optimizer = self.optimizers()
+        loss = self.loss(batch)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        self.log("train_loss", loss)
+
+
+class TwoOptimizerNet(Net):
+    """Steps two optimizers itself, which Lightning has under manual optimisation only."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        for optimizer in self.optimizers():
+            loss = self.loss(batch)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.05) for part in (self.body, self.head)]
+
+
+class PlainBoring(BoringModel):
+    """Lightning's own example module, without its scheduler."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Case(NamedTuple):
+    """A module and its loaders; ``None`` leaves the loaders to the module."""
+
+    module: LightningModule
+    train: Any
+    validation: Any
+
+
+MODULES: dict[str, Callable[[], Case]] = {
+    "boring": lambda: Case(PlainBoring(), None, None),
+    "dict": lambda: Case(DictNet(), Stream(), Stream(2, seed=5)),
+    "manual": lambda: Case(ManualNet(), Stream(), Stream(2, seed=5)),
+    "two optimizers": lambda: Case(TwoOptimizerNet(), Stream(), Stream(2, seed=5)),
+    "iterable": lambda: Case(Net(), DataLoader(EndlessStream(), batch_size=None), Stream(2, seed=5)),
+    "no validation": lambda: Case(Net(), Stream(), None),
+}
+
+
+class MemoryLogger(Logger):
+    """Keeps what is logged."""
+
+    name = "memory"
+    version = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.entries.append((step or 0, {name: float(value) for name, value in metrics.items()}))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class SaveAt(Callback):
+    """Saves a full checkpoint after a given optimizer step, as a callback in the middle of an epoch would."""
+
+    def __init__(self, step: int, path: str) -> None:
+        self.step = step
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@dataclass
+class Run:
+    """A fit that is over."""
+
+    trainer: Trainer
+    module: LightningModule
+    plugins: list[Any]
+    logged: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+    @property
+    def steps(self) -> list[Step]:
+        return self.module.steps
+
+    def snapshot(self, from_step: int = 0) -> dict[str, Any]:
+        """Everything that two runs have to agree in: weights, optimizers, plugins, logged values from a step on."""
+        return {
+            "weights": copy.deepcopy(self.module.state_dict()),
+            "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self.trainer.optimizers],
+            "plugins": [copy.deepcopy(plugin.state_dict()) for plugin in self.plugins if hasattr(plugin, "state_dict")],
+            "logged": [entry for entry in self.logged if entry[0] >= from_step],
+        }
+
+
+def attach(plugins: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Put plugins where a Trainer takes them."""
+    callbacks = [plugin for plugin in plugins if isinstance(plugin, Callback)]
+    rest = [plugin for plugin in plugins if not isinstance(plugin, Callback)]
+    return {**settings, "callbacks": [*settings.get("callbacks", []), *callbacks], "plugins": rest or None}
+
+
+def fit(
+    plugins: list[Any],
+    *,
+    module: LightningModule | None = None,
+    train: Any = None,
+    validation: Any = None,
+    ckpt_path: str | None = None,
+    own_loaders: bool = False,
+    trainer: Trainer | None = None,
+    **settings: Any,
+) -> Run:
+    """Fit a module with plugins on the CPU, quietly, and return what is left."""
+    module = Net() if module is None else module
+    logger = MemoryLogger()
+    if trainer is None:
+        defaults: dict[str, Any] = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": logger,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+        }
+        trainer = Trainer(**attach(plugins, {**defaults, **settings}))
+    if own_loaders:
+        trainer.fit(module, ckpt_path=ckpt_path)
+    else:
+        trainer.fit(module, Stream() if train is None else train, validation, ckpt_path=ckpt_path)
+    return Run(trainer, module, plugins, logger.entries)
+
+
+def differences(left: Any, right: Any, path: str = "", tolerance: float = 0.0) -> list[str]:
+    """List where two nested values differ: at all, or with a tolerance by more than that."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return _tensor_differences(left, right, path, tolerance)
+    if isinstance(left, dict) and isinstance(right, dict):
+        if left.keys() != right.keys():
+            return [f"{path}: keys {sorted(map(str, left.keys() ^ right.keys()))} are on one side only"]
+        return [found for key in left for found in differences(left[key], right[key], f"{path}/{key}", tolerance)]
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        if len(left) != len(right):
+            return [f"{path}: {len(left)} entries against {len(right)}"]
+        pairs = enumerate(zip(left, right, strict=True))
+        return [found for i, (a, b) in pairs for found in differences(a, b, f"{path}[{i}]", tolerance)]
+    if isinstance(left, float) and isinstance(right, float):
+        same = left == right or (left != left and right != right) or abs(left - right) <= tolerance * (1 + abs(right))
+        return [] if same else [f"{path}: {left!r} against {right!r}"]
+    return [] if left == right else [f"{path}: {left!r} against {right!r}"]
+
+
+def assert_same(left: Any, right: Any, what: str, tolerance: float = 0.0) -> None:
+    """Fail with the first few differences."""
+    found = differences(left, right, tolerance=tolerance)
+    assert not found, f"{what}: {len(found)} differences, the first are " + "; ".join(found[:5])
+
+
+def _tensor_differences(left: Tensor, right: Tensor, path: str, tolerance: float) -> list[str]:
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return [f"{path}: {left.dtype} {tuple(left.shape)} against {right.dtype} {tuple(right.shape)}"]
+    if tolerance and left.is_floating_point():
+        same = torch.allclose(left, right, rtol=tolerance, atol=tolerance, equal_nan=True)
+    else:
+        same = torch.equal(left, right)
+    if same:
+        return []
+    return [f"{path}: differs by {(left.double() - right.double()).abs().max():.3g}"]
+
+
+def _copies(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}

@@ -1,0 +1,180 @@
+"""The proof that each contract bites: a plugin that breaks it fails it, and one that breaks nothing passes."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from contract import broken, contracts, settings
+from contract.broken import row
+from contract.contracts import HEADINGS
+from contract.harness import Net, Stream, assert_same, fit
+from contract.workers import Pair
+
+from lightning_stable import registry
+from lightning_stable.registry import Method
+
+BITES = AssertionError
+HONEST = row(broken.Honest, identity=lambda: broken.Honest(1.0))
+
+
+def addon(tmp_path: Path, plugin: type, **arguments: Any) -> Path:
+    path = tmp_path / f"{plugin.__name__}.yaml"
+    entry = {"class_path": f"contract.broken.{plugin.__name__}", "init_args": arguments}
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks+": [entry]}}))
+    return path
+
+
+def test_the_harness_itself_resumes_exactly(tmp_path: Path) -> None:
+    """Without any plugin the host resumes bit by bit here, so a difference is the plugin's."""
+    contracts.check_resume(HONEST, tmp_path)
+    one = fit([], validation=Stream(2, seed=5), max_steps=4)
+    two = fit([], module=Net(), validation=Stream(2, seed=5), max_steps=4)
+    assert_same(one.snapshot(), two.snapshot(), "two runs of nothing")
+
+
+@pytest.mark.parametrize("plugin", [broken.ForgetsItsState, broken.LogsItsMemory])
+def test_01_resume_bites(plugin: type, tmp_path: Path) -> None:
+    with pytest.raises(BITES, match="resumed run against uninterrupted run"):
+        contracts.check_resume(row(plugin), tmp_path)
+
+
+def test_02_yaml_bites(tmp_path: Path) -> None:
+    contracts.check_yaml(dataclasses.replace(HONEST, addons=(addon(tmp_path, broken.Honest, factor=0.25),)), tmp_path)
+    with pytest.raises(BITES, match="has no addon"):
+        contracts.check_yaml(HONEST, tmp_path)
+    with pytest.raises(Exception, match="function"):
+        contracts.check_yaml(
+            dataclasses.replace(row(broken.NeedsAnObject), addons=(addon(tmp_path, broken.NeedsAnObject),)), tmp_path
+        )
+    with pytest.raises(BITES, match="from the saved config"):
+        contracts.check_yaml(
+            dataclasses.replace(row(broken.LosesItsArgument), addons=(addon(tmp_path, broken.LosesItsArgument),)),
+            tmp_path,
+        )
+    replacing = addon(tmp_path, broken.Honest)
+    replacing.write_text(replacing.read_text().replace("callbacks+", "callbacks"))
+    with pytest.raises(BITES, match="replaced the user's own callbacks"):
+        contracts.check_yaml(dataclasses.replace(HONEST, addons=(replacing,)), tmp_path)
+
+
+@pytest.mark.parametrize("plugin", [broken.DrawsRandomNumbers, broken.LeavesEvalMode, broken.Honest])
+def test_03_inert_bites(plugin: type, tmp_path: Path) -> None:
+    contracts.check_inert(HONEST, tmp_path)
+    with pytest.raises(BITES, match="at its identity against nothing"):
+        contracts.check_inert(row(plugin), tmp_path)
+
+
+def test_04_two_processes_bites(workers: Pair) -> None:
+    contracts.check_two_processes(HONEST, workers, "contract.broken:SETTINGS[Honest].make")
+    with pytest.raises(BITES, match="rank 1 against rank 0"):
+        contracts.check_two_processes(
+            row(broken.DiffersByRank), workers, "contract.broken:SETTINGS[DiffersByRank].make"
+        )
+    with pytest.raises(BITES, match="two processes against one"):
+        contracts.check_two_processes(
+            row(broken.DependsOnWorldSize), workers, "contract.broken:SETTINGS[DependsOnWorldSize].make"
+        )
+    with pytest.raises(BITES, match="failed in"):
+        workers.run("contract.broken:_no_oracle")
+    assert contracts.check_two_processes(HONEST, workers, "contract.broken:SETTINGS[Honest].make") is None
+
+
+def test_05_oracle_bites(tmp_path: Path) -> None:
+    counts = row(broken.CountsBatches, broken._counts_steps)
+    contracts.check_oracle(counts, "fp32", tmp_path)
+    with pytest.raises(BITES):
+        contracts.check_oracle(counts, "accumulation", tmp_path)
+    looks = row(broken.LooksAfterClipping, broken._sees_gradients)
+    contracts.check_oracle(looks, "fp32", tmp_path)
+    with pytest.raises(BITES):
+        contracts.check_oracle(looks, "clipping", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "where", "message"),
+    [
+        (broken.LeavesAWrap, "train", "wrapped methods"),
+        (broken.LeavesAHook, "train", "hooks are left"),
+        (broken.LeavesOtherWeights, "validate", "weights after the exception"),
+    ],
+)
+def test_06_exception_bites(plugin: type, where: str, message: str, tmp_path: Path) -> None:
+    contracts.check_exception(HONEST, where, tmp_path)
+    with pytest.raises(BITES, match=message):
+        contracts.check_exception(row(plugin), where, tmp_path)
+
+
+@pytest.mark.parametrize("plugin", [broken.DiscardsASecondFit, broken.BreaksOnReuse])
+def test_07_reuse_bites(plugin: type, tmp_path: Path) -> None:
+    with pytest.raises(BITES, match=r"discarded|set up twice|far from"):
+        contracts.check_reuse(row(plugin), tmp_path)
+
+
+def test_07_reuse_passes_an_honest_plugin(tmp_path: Path) -> None:
+    contracts.check_reuse(HONEST, tmp_path)
+
+
+def test_08_any_module_bites(tmp_path: Path) -> None:
+    contracts.check_any_module(HONEST, "dict", tmp_path)
+    with pytest.raises(BITES, match="more than a loss"):
+        contracts.check_any_module(row(broken.NeedsATensorLoss), "dict", tmp_path)
+    unclear = row(broken.RefusesUnclearly, refused_modules={"manual": "does not work"})
+    with pytest.raises(BITES, match="does not name RefusesUnclearly"):
+        contracts.check_any_module(unclear, "manual", tmp_path)
+    with pytest.raises(ValueError, match="this does not work"):
+        contracts.check_any_module(row(broken.RefusesUnclearly), "manual", tmp_path)
+
+
+def test_09_safe_load_bites(tmp_path: Path) -> None:
+    contracts.check_safe_load(HONEST, tmp_path)
+    with pytest.raises(Exception, match=r"weights_only|Weights only"):
+        contracts.check_safe_load(row(broken.SavesAnObject), tmp_path)
+
+
+def test_10_company_bites(tmp_path: Path) -> None:
+    contracts.check_resume(row(broken.BreaksInCompany), tmp_path)
+    with pytest.raises(BITES, match="resumed run against uninterrupted run"):
+        contracts.check_company(row(broken.BreaksInCompany), row(broken.LogsItsMemory), tmp_path)
+    names_one = row(broken.NamesOnlyItself, conflicts={"honest": "does not go"})
+    with pytest.raises(BITES, match="does not name Honest"):
+        contracts.check_company(names_one, HONEST, tmp_path)
+
+
+def test_11_card_bites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = tmp_path / "honest.md"
+    under = dataclasses.replace(HONEST, card=card, class_path="contract.broken.Honest")
+    whole = "# Honest\n" + "".join(f"## {heading}\n" for heading in HEADINGS) + "`factor`\n```python\nx = 1\n```\n"
+    card.write_text(whole)
+    contracts.check_card(under, tmp_path, monkeypatch)
+    for damaged, message in (
+        (whole.replace("## Cost\n", ""), "has the headings"),
+        (whole.replace("`factor`", ""), "does not name the settings"),
+        (whole.replace("```python", "```text"), "no Python example"),
+        (whole.replace("x = 1", "assert False, 'code of the card'"), "code of the card"),
+    ):
+        card.write_text(damaged)
+        with pytest.raises(BITES, match=message):
+            contracts.check_card(under, tmp_path, monkeypatch)
+    failing = dataclasses.replace(HONEST.settings, expected_failures={"resume": "it draws lots"})
+    card.write_text(whole)
+    with pytest.raises(BITES, match="it draws lots"):
+        contracts.check_card(dataclasses.replace(under, settings=failing), tmp_path, monkeypatch)
+
+
+def test_a_method_without_settings_breaks_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    extra = Method("extra", "callback", "lightning_stable.callbacks.extra.Extra", "0000.00000", "nothing")
+    monkeypatch.setattr(registry, "METHODS", (*registry.METHODS, extra))
+    with pytest.raises(ValueError, match="extra"):
+        settings.build_rows()
+
+
+def test_a_public_class_without_a_row_breaks_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "public_classes", lambda: {"lightning_stable.callbacks.stray.Stray"})
+    with pytest.raises(ValueError, match="Stray"):
+        settings.build_rows()
+
+
+def test_public_classes_are_found() -> None:
+    assert settings.public_classes() == {method.class_path for method in registry.METHODS}

@@ -1,0 +1,171 @@
+"""The table of methods, and the package's promise to import nothing heavy until it is asked for."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_stable
+from lightning_stable.registry import METHODS, Method, find_method, load_class, nearest
+
+ROOMS = {
+    "callback": "callbacks",
+    "strategy": "strategies",
+    "precision": "precision",
+    "peft": "peft",
+    "metric": "metrics",
+}
+NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+ARXIV = re.compile(r"\d{4}\.\d{4,5}")
+
+each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+
+
+def python(code: str, cwd: Path) -> str:
+    """Run ``code`` in a fresh interpreter, away from the checkout, and return what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# ----------------------------------------------------------------------------- the rows
+
+
+def test_there_are_rows_and_no_two_share_a_name_or_a_class():
+    assert METHODS
+    assert len({method.name for method in METHODS}) == len(METHODS)
+    assert len({method.class_name for method in METHODS}) == len(METHODS)
+    assert len({method.class_path for method in METHODS}) == len(METHODS)
+
+
+def test_no_two_rows_share_an_addon():
+    addons = [addon for method in METHODS for addon in (method.name, *method.addons)]
+    assert len(set(addons)) == len(addons)
+
+
+@each_method
+def test_a_row_is_well_formed(method: Method):
+    assert NAME.fullmatch(method.name)
+    assert method.kind in ROOMS
+    package, room, file, class_name = method.class_path.split(".")
+    assert package == "lightning_stable"
+    assert room == ROOMS[method.kind]
+    assert file == method.name  # one method, one name
+    assert class_name == method.class_name
+    assert class_name.isidentifier()
+    assert class_name[0].isupper()
+    assert all(NAME.fullmatch(addon) for addon in method.addons)
+    assert isinstance(method.addons, tuple)
+
+
+@each_method
+def test_a_row_cites_arxiv_and_sums_up_in_a_line(method: Method):
+    assert all(ARXIV.fullmatch(paper) for paper in method.paper.split(", "))
+    assert method.summary == method.summary.strip()
+    assert "\n" not in method.summary
+    assert 20 <= len(method.summary) <= 100
+    assert not method.summary.endswith(".")
+    assert method.summary[0].isupper()
+
+
+@each_method
+def test_a_row_loads_its_class_and_the_package_exports_it(method: Method):
+    cls = load_class(method)
+    assert isinstance(cls, type)
+    assert cls.__name__ == method.class_name
+    assert f"{cls.__module__}.{cls.__qualname__}" == method.class_path
+    assert getattr(lightning_stable, method.class_name) is cls
+    assert cls.__doc__
+
+
+# ----------------------------------------------------------------------------- finding
+
+
+@each_method
+def test_a_method_is_found_by_its_name(method: Method):
+    assert find_method(method.name) is method
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [("wds", "wsd"), ("emma", "ema"), ("balanced-ema", "balanced_ema"), ("ballanced_ema", "balanced_ema")],
+)
+def test_a_near_miss_is_answered_with_the_near_name(wrong: str, near: str):
+    with pytest.raises(ValueError, match=re.escape(repr(wrong))) as caught:
+        find_method(wrong)
+    assert f"Did you mean {near!r}" in str(caught.value) or f"or {near!r}" in str(caught.value)
+
+
+def test_a_far_miss_is_answered_with_all_names():
+    with pytest.raises(ValueError, match="'zzzzzz'") as caught:
+        find_method("zzzzzz")
+    for method in METHODS:
+        assert method.name in str(caught.value)
+    assert "Did you mean" not in str(caught.value)
+
+
+def test_a_case_slip_does_not_pass_silently():
+    with pytest.raises(ValueError, match="'EMA'"):
+        find_method("EMA")
+
+
+def test_nearest_offers_at_most_three():
+    assert nearest("ab", ["abc", "abd", "abe", "abf"]).count("'") == 6
+    assert nearest("abc", ["abd"]) == "Did you mean 'abd'?"
+    assert nearest("q", ["b", "a"]) == "Known names: a, b."
+
+
+# ----------------------------------------------------------------------------- imports
+
+
+def test_the_version_is_one():
+    assert re.fullmatch(r"\d+\.\d+\.\d+([a-z]+\d*)?(\.dev\d+)?", lightning_stable.__version__)
+
+
+def test_an_unknown_attribute_is_an_attribute_error_that_names_it():
+    with pytest.raises(AttributeError, match="Nonsense"):
+        lightning_stable.Nonsense  # noqa: B018
+    assert not hasattr(lightning_stable, "nonsense")
+
+
+def test_completion_shows_the_lazy_names():
+    assert {method.class_name for method in METHODS} <= set(dir(lightning_stable))
+
+
+def test_importing_the_package_imports_nothing_heavy(tmp_path: Path):
+    code = """
+import sys
+import lightning_stable, lightning_stable.registry
+dir(lightning_stable)
+lightning_stable.__version__
+heavy = ("torch", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "numpy", "transformers", "peft",
+         "sklearn", "jsonargparse", "omegaconf", "rich", "matplotlib")
+print(*[name for name in heavy if name in sys.modules])
+"""
+    assert python(code, tmp_path) == ""
+
+
+def test_a_callback_brings_lightning_and_nothing_heavier(tmp_path: Path):
+    code = """
+import sys
+import lightning.pytorch
+before = set(sys.modules)
+import lightning_stable
+assert lightning_stable.EMA.__name__ == "EMA"
+from lightning_stable.callbacks import EMA
+assert EMA is lightning_stable.EMA
+heavy = ("pytorch_lightning", "transformers", "peft", "sklearn", "matplotlib", "torchao", "jsonargparse", "omegaconf")
+print(*[name for name in heavy if name in sys.modules and name not in before])
+"""
+    assert python(code, tmp_path) == ""
+
+
+def test_functional_is_torch_only(tmp_path: Path):
+    code = """
+import sys
+import lightning_stable.functional.wsd, lightning_stable.functional.ema, lightning_stable.functional.balanced_ema
+print(*[name for name in ("lightning", "torchmetrics", "transformers", "peft", "sklearn") if name in sys.modules])
+"""
+    assert python(code, tmp_path) == ""
