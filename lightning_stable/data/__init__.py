@@ -1,0 +1,1 @@
+"""Datamodules on real data that needs no download."""

@@ -1,0 +1,1 @@
+"""Ready LightningModules that the packaged templates name."""
