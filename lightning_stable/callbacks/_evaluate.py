@@ -94,8 +94,8 @@ class _Recorder:
     def results(self) -> dict[str, LoggedValue]:
         found = {name: self._reduced(name, pairs) for name, pairs in self._values.items()}
         for name, metric in self._metrics.items():
-            # torchmetrics reduces over processes itself.
-            found[name] = LoggedValue(metric.compute().detach(), 1, "mean", False)
+            # torchmetrics has reduced over processes here: the mean of equal values is safe, and the host asks for one.
+            found[name] = LoggedValue(metric.compute().detach(), 1, "mean", True)
         for metric in self._metrics.values():
             metric.reset()
         return found

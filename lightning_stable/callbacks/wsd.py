@@ -315,7 +315,7 @@ class WarmupStableDecay(Callback):
         """Save a checkpoint for each budget that was reached after step ``previous``, by ``step``."""
         for cycle in self._plan():
             if cycle.end is not None and previous < cycle.end <= step and not _is_fast_dev_run(trainer):
-                trainer.save_checkpoint(_checkpoint_directory(trainer) / f"budget-{cycle.end}.ckpt")
+                trainer.save_checkpoint(_checkpoint_directory(trainer) / f"budget-{cycle.end}.ckpt", weights_only=False)
 
     def _set_rates(self, trainer: Trainer) -> None:
         """Set each group's rate for the present optimizer step."""

@@ -1,0 +1,1 @@
+"""The ``lightning-stable`` command, a thin layer over LightningCLI."""

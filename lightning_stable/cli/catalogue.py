@@ -1,0 +1,87 @@
+"""``lightning-stable list`` and ``lightning-stable show``: what there is, without importing torch."""
+
+import sys
+
+from lightning_stable.cli.locate import FOLDERS, CommandError, Template, find_template, list_templates, read_card
+from lightning_stable.registry import METHODS, nearest
+
+__all__ = ["print_list", "show"]
+
+
+def print_list() -> None:
+    """Print methods, recipes and addons: tables on a terminal, else one plain line each."""
+    recipes, addons = list_templates("recipe"), list_templates("addon")
+    if sys.stdout.isatty():
+        _print_tables(recipes, addons)
+        return
+    rows: list[tuple[str, str, str, str, str]] = [
+        *(("method", m.name, m.kind, m.class_name, f"{m.summary} [{m.paper}]") for m in METHODS),
+        *((t.kind, t.name, "config", f"{t.kind}:{t.name}", t.summary) for t in (*recipes, *addons)),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True))
+        sys.stdout.write("  ".join((*cells, row[4])) + "\n")
+
+
+def show(name: str) -> None:
+    """Print the card of a method, or the YAML of a recipe or an addon.
+
+    Args:
+        name: A method, recipe or addon; ``addon:NAME`` and ``recipe:NAME`` name a template where a method has the
+            same name.
+
+    Raises:
+        CommandError: If there is nothing of that name; the message suggests the near ones.
+    """
+    for kind in FOLDERS:
+        if name.startswith(f"{kind}:"):
+            _print_text(find_template(kind, name.removeprefix(f"{kind}:")).path.read_text(encoding="utf-8"), "yaml")
+            return
+    if name in {method.name for method in METHODS}:
+        _print_text(read_card(name), "markdown")
+        return
+    templates = {t.name: t for kind in reversed(FOLDERS) for t in list_templates(kind)}
+    if name not in templates:
+        known = [*templates, *(method.name for method in METHODS)]
+        raise CommandError(f"There is no method, recipe or addon {name!r}. {nearest(name, sorted(set(known)))}")
+    _print_text(templates[name].path.read_text(encoding="utf-8"), "yaml")
+
+
+def _print_text(text: str, language: str) -> None:
+    """Print a file: rendered on a terminal, as it is elsewhere."""
+    if not sys.stdout.isatty():
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+    from rich.syntax import Syntax
+
+    if language == "markdown":
+        Console().print(Markdown(text))
+    else:
+        Console().print(Syntax(text, language, background_color="default", word_wrap=True))
+
+
+def _print_tables(recipes: list[Template], addons: list[Template]) -> None:
+    """Print the three tables of a terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(
+        "name", "class", "what it does", "paper (arXiv)", title="Methods", title_justify="left", box=box.SIMPLE
+    )
+    for method in METHODS:
+        table.add_row(f"[bold]{method.name}[/]", method.class_name, method.summary, method.paper)
+    console.print(table)
+    for title, templates in (
+        ("Recipes: lightning-stable run NAME", recipes),
+        ("Addons: lightning-stable fit --config mine.yaml --config addon:NAME", addons),
+    ):
+        table = Table("name", "what it is", title=title, title_justify="left", box=box.SIMPLE)
+        for template in templates:
+            table.add_row(f"[bold]{template.name}[/]", template.summary)
+        console.print(table)
+    console.print("A card or a config in full: [bold]lightning-stable show NAME[/]")

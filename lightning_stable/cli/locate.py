@@ -1,0 +1,91 @@
+"""Where the packaged templates and cards lie: inside an installed wheel, or beside the package in a source tree."""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from lightning_stable.registry import nearest
+
+__all__ = ["FOLDERS", "CommandError", "Template", "find_template", "list_templates", "read_card", "resolve_config"]
+
+TemplateKind = Literal["recipe", "addon"]
+
+FOLDERS: dict[TemplateKind, str] = {"recipe": "recipes", "addon": "addons"}
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class CommandError(Exception):
+    """A wrong use of the command: its message is printed as one line and the command ends with exit code 2."""
+
+
+class Template(NamedTuple):
+    """A packaged config file.
+
+    Attributes:
+        kind: ``"recipe"`` for a whole run, ``"addon"`` for one plugin that any run can add.
+        name: The file's name without its suffix.
+        path: The YAML file.
+    """
+
+    kind: TemplateKind
+    name: str
+    path: Path
+
+    @property
+    def summary(self) -> str:
+        """The first line of the file, which is a comment that says what it is."""
+        return self.path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").rstrip(".")
+
+
+def list_templates(kind: TemplateKind) -> list[Template]:
+    """Return the packaged templates of one kind, sorted by name."""
+    folder = _folder("templates", "templates") / FOLDERS[kind]
+    return [Template(kind, path.stem, path) for path in sorted(folder.glob("*.yaml"))]
+
+
+def find_template(kind: TemplateKind, name: str) -> Template:
+    """Return the packaged template ``name``.
+
+    Raises:
+        CommandError: If there is none; the message suggests the near ones.
+    """
+    templates = {template.name: template for template in list_templates(kind)}
+    if name not in templates:
+        raise CommandError(f"There is no {kind} {name!r}. {nearest(name, list(templates))}")
+    return templates[name]
+
+
+def resolve_config(value: str) -> tuple[str, bool]:
+    """Turn the value of ``--config`` into a path.
+
+    Args:
+        value: ``addon:NAME``, ``recipe:NAME``, or anything else, which is left as it is.
+
+    Returns:
+        The path, and whether it is that of a packaged addon.
+
+    Raises:
+        CommandError: If the packaged template does not exist; the message suggests the near ones.
+    """
+    for kind in FOLDERS:
+        if value.startswith(f"{kind}:"):
+            return str(find_template(kind, value.removeprefix(f"{kind}:")).path), kind == "addon"
+    return value, False
+
+
+def read_card(name: str) -> str:
+    """Return the Markdown text of a method's card.
+
+    Raises:
+        CommandError: If the method has no card.
+    """
+    path = _folder("cards", "docs/methods") / f"{name}.md"
+    if not path.is_file():
+        raise CommandError(f"The method {name!r} has no card: {path} does not exist.")
+    return path.read_text(encoding="utf-8")
+
+
+def _folder(installed: str, in_source: str) -> Path:
+    """Return a data folder of the installed package, or of the source tree that the package lies in."""
+    inside = _PACKAGE / installed
+    return inside if inside.is_dir() else _PACKAGE.parent / in_source

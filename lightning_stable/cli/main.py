@@ -1,0 +1,170 @@
+"""The ``lightning-stable`` command: finds out what is asked and imports only what that needs."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from typing_extensions import override
+
+import lightning_stable
+from lightning_stable.cli.locate import CommandError, find_template, list_templates
+from lightning_stable.registry import nearest
+
+__all__ = ["COMMANDS", "DEBUG_VARIABLE", "TRAINER_COMMANDS", "main"]
+
+PROGRAM = "lightning-stable"
+DEBUG_VARIABLE = "LIGHTNING_STABLE_DEBUG"
+TRAINER_COMMANDS = {
+    "fit": "train from config files",
+    "validate": "run the validation set",
+    "test": "run the test set",
+    "predict": "run the prediction set",
+}
+COMMANDS = {
+    "run": "train a packaged recipe",
+    "list": "list methods, recipes and addons",
+    "show": "print the card of a method, or a packaged config",
+    **TRAINER_COMMANDS,
+}
+
+_EXAMPLES = f"""\
+examples:
+  {PROGRAM} run quickstart
+  {PROGRAM} run lm_pretrain --trainer.max_steps 20
+  {PROGRAM} fit --config mine.yaml --config addon:ema
+  {PROGRAM} validate --config recipe:quickstart --ckpt_path runs/quickstart/version_0/checkpoints/last.ckpt
+  {PROGRAM} show wsd
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message[:1].upper()}{message[1:]}. See '{self.prog} --help'.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: The arguments after the program's name, ``sys.argv[1:]`` when not given.
+
+    Returns:
+        The exit code: 0 done, 1 the run failed, 2 wrong use (command, name, option, config), 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _dispatch(arguments, debug)
+    except CommandError as error:
+        sys.stderr.write(f"{PROGRAM}: error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{PROGRAM}: interrupted\n")
+        return 130
+    except SystemExit as stop:
+        # The host turns Ctrl-C into exit code 1, after its shutdown; shells expect 128 + SIGINT.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return 130
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BrokenPipeError:
+        # `lightning-stable list | head`: the reader has what it wanted. Python's own flush at exit must not fail too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str], debug: bool) -> int:
+    """Run the one command that the arguments name."""
+    command = arguments[0] if arguments else ""
+    if command in TRAINER_COMMANDS:
+        return _train(arguments, debug)
+    if command == "run" and not {"-h", "--help"}.intersection(arguments):
+        return _run(arguments[1:], debug)
+    if command and not command.startswith("-") and command not in COMMANDS:
+        raise CommandError(f"There is no command {command!r}. {nearest(command, list(COMMANDS))}")
+    parser = _parser()
+    if not command:
+        parser.print_help(sys.stderr)
+        return 2
+    options = parser.parse_args(arguments)
+    from lightning_stable.cli.catalogue import print_list, show
+
+    if options.command == "show":
+        show(options.name)
+    else:
+        print_list()
+    sys.stdout.flush()
+    return 0
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    """Train a packaged recipe; everything after its name goes on to ``fit``."""
+    names = [template.name for template in list_templates("recipe")]
+    if not arguments or arguments[0].startswith("-"):
+        given = f", not {arguments[0]!r}" if arguments else ""
+        raise CommandError(f"The name of a recipe comes first{given}: {PROGRAM} run NAME. Recipes: {', '.join(names)}.")
+    name, *options = arguments
+    if name not in names and name in {template.name for template in list_templates("addon")}:
+        raise CommandError(
+            f"{name!r} is an addon, not a recipe: add it by --config addon:{name}. Recipes: {', '.join(names)}."
+        )
+    if name not in names and Path(name).is_file():
+        raise CommandError(f"{name!r} is a file, not a packaged recipe: use '{PROGRAM} fit --config {name}'.")
+    find_template("recipe", name)
+    return _train(["fit", "--config", f"recipe:{name}", *options], debug)
+
+
+def _train(arguments: list[str], debug: bool) -> int:
+    """Hand over to the host's command line; torch is imported from here on."""
+    from lightning_stable.cli.training import train
+
+    return train(arguments, debug=debug)
+
+
+def _parser() -> _Parser:
+    """Return the parser of the options that need no torch."""
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Stable training runs with PyTorch Lightning, from config files.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {lightning_stable.__version__}")
+    parser.add_argument(
+        "--debug", action="store_true", help=f"print tracebacks in full (also by {DEBUG_VARIABLE}=1 in the environment)"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
+    run = commands.add_parser(
+        "run",
+        help=COMMANDS["run"],
+        description="Train a packaged recipe: 'fit' with its config first and your options after it.",
+        epilog="All options of a run: 'lightning-stable fit --help'. The numbers of a recipe: 'lightning-stable show "
+        "NAME', or 'lightning-stable run NAME --print_config' for every setting.",
+    )
+    recipes = ", ".join(template.name for template in list_templates("recipe"))
+    run.add_argument("name", metavar="NAME", help=f"the recipe: {recipes}")
+    run.add_argument(
+        "options",
+        metavar="OPTION",
+        nargs="*",
+        help="options of fit, e.g. --vars.lr 0.01, --trainer.max_steps 20, --config mine.yaml, --config addon:ema",
+    )
+    commands.add_parser("list", help=COMMANDS["list"], description="List methods, recipes and addons.")
+    show = commands.add_parser(
+        "show", help=COMMANDS["show"], description="Print the card of a method, or the YAML of a recipe or an addon."
+    )
+    show.add_argument("name", metavar="NAME", help="a method, recipe or addon; addon:NAME where a method has that name")
+    for command, text in TRAINER_COMMANDS.items():
+        commands.add_parser(command, help=text)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""One clear message for each way a config can be wrong, from the long ones of the parsers below."""
+
+import difflib
+import importlib
+import inspect
+import re
+from types import TracebackType
+
+__all__ = ["explain_interpolation", "explain_parsing", "is_bad_input", "root_error"]
+
+_UNKNOWN_KEY = re.compile(r"does not accept option '(?P<key>[^']+)'|unrecognized arguments: --(?P<argument>[\w.]+)")
+_CLASS_PROBLEM = re.compile(
+    r'Parser key "(?P<key>[^"]+)".*?Problem with given class_path \'(?P<path>[^\']+)\':\s*(?P<problem>.+?)\s*'
+    r"(?:\n\s*- |\n\s*Given value|$)",
+    re.DOTALL,
+)
+_OPTION = re.compile(r"Option '(?P<option>[^']+)' is not accepted")
+_NO_CLASS = re.compile(
+    r'Parser key "(?P<key>[^"]+)".*(?:Expected a dot import path string: |Import path )\'?(?P<name>[^\s\']+)',
+    re.DOTALL,
+)
+_REQUIRED = re.compile(r"arguments are required: (?:\w+\.)?(?P<key>.+)")
+_RESOLVED = re.compile(r"resolved to '(?:fit|validate|test|predict)\.(?P<key>[^']+)'")
+
+# Where an exception about a bad value is raised on purpose, with a message made for the user.
+_TRUSTED = ("lightning_stable.", "lightning.", "jsonargparse.", "torch.optim.")
+
+
+def explain_parsing(message: str, command: str, known: list[str]) -> str:
+    """Shorten a message of the parser to what is wrong and what to do.
+
+    Args:
+        message: What the parser says.
+        command: The sub-command, for the hint on its help.
+        known: The option names that the sub-command has.
+
+    Returns:
+        One line where the kind of message is known, else the message as it is.
+    """
+    help_text = f"lightning-stable {command} --help"
+    if found := _UNKNOWN_KEY.search(message):
+        key = found["key"] or found["argument"]
+        return f"Unknown key {key!r}. {_suggest(key, known, f'All keys: {help_text}')}"
+    if found := _CLASS_PROBLEM.search(message):
+        option = _OPTION.search(found["problem"])
+        if option:
+            options = _options(found["path"])
+            listing = f"Its options: {', '.join(options)}" if options else f"See --{found['key']}.help {found['path']}"
+            hint = _suggest(option["option"], options, listing)
+            return f"{found['key']}: the class {found['path']} has no option {option['option']!r}. {hint}"
+        return f"{found['key']}: problem with the class {found['path']}: {' '.join(found['problem'].split())}"
+    if found := _NO_CLASS.search(message):
+        return (
+            f"{found['key']}: there is no class {found['name']!r}. Give its full path, as in package.module.Class; "
+            f"the methods of 'lightning-stable list' go by their bare class names."
+        )
+    if found := _REQUIRED.search(message):
+        return f"{found['key']} is not set. Give a config by --config FILE, or see {help_text}."
+    return (
+        message.replace('Parser key "', f"{command} --", 1).replace('":', ":", 1)
+        if 'Parser key "' in message
+        else message
+    )
+
+
+def explain_interpolation(message: str, full_key: str | None) -> str:
+    """Shorten a message about a ``${...}`` that cannot be filled in.
+
+    Args:
+        message: What the resolver says.
+        full_key: The key that holds the reference, as the resolver writes it.
+    """
+    holder = (full_key or "").partition(".")[2] or "The config"
+    if found := _RESOLVED.search(message):
+        name = found["key"]
+        cure = f"by --{name} VALUE or under '{name.partition('.')[0]}:' in a config" if "." in name else "in a config"
+        return f"{holder} refers to ${{{name}}}, which is not defined. Define it {cure}."
+    return f"{holder}: {message.splitlines()[0]}"
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """Return whether an exception says all in its message, so that its traceback would only hide it.
+
+    True for errors about values and settings that this package, the host or an optimizer raised; an error of the same
+    type from anywhere else may be a bug, and is shown in full.
+    """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    if not isinstance(error, (ValueError, FileNotFoundError, MisconfigurationException)):
+        return False
+    return _raised_in(error).startswith(_TRUSTED)
+
+
+def root_error(error: Exception) -> Exception:
+    """Return the exception of a class's constructor, out of what the parser wraps around it."""
+    while isinstance(error.__cause__, Exception) and _raised_in(error).startswith("jsonargparse."):
+        error = error.__cause__
+    return error
+
+
+def _raised_in(error: BaseException) -> str:
+    """Return the name of the module that raised an exception."""
+    trace: TracebackType | None = error.__traceback__
+    module = ""
+    while trace is not None:
+        module = trace.tb_frame.f_globals.get("__name__", "")
+        trace = trace.tb_next
+    return module
+
+
+def _suggest(name: str, candidates: list[str], otherwise: str) -> str:
+    """Return the near names, else a fallback."""
+    near = difflib.get_close_matches(name, candidates, n=3, cutoff=0.6)
+    return f"Did you mean {' or '.join(map(repr, near))}?" if near else f"{otherwise}."
+
+
+def _options(class_path: str) -> list[str]:
+    """Return the names of a class's own options, none where they cannot be read."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        signature = inspect.signature(getattr(importlib.import_module(module), name))
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return []
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [parameter.name for parameter in signature.parameters.values() if parameter.kind in named]

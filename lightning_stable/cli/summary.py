@@ -1,0 +1,185 @@
+"""What a training run says at its end: a table of its budgets, a picture, and where its files are."""
+
+import csv
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_stable.callbacks.wsd import WarmupStableDecay
+
+__all__ = ["LIVE", "BudgetRow", "Metrics", "budget_rows", "print_summary", "read_metrics", "validation_metrics"]
+
+LIVE = "_live"
+
+Metrics = dict[str, list[tuple[int, float]]]
+"""For each column of a log: its values with their optimizer steps, in order."""
+
+
+class BudgetRow(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        step: The budget, in optimizer steps.
+        values: For each metric its value at the budget, ``None`` where it was not measured there.
+        checkpoint: The file saved there, if any.
+    """
+
+    step: int
+    values: dict[str, float | None]
+    checkpoint: Path | None
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read the ``metrics.csv`` of a CSVLogger.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Every numeric column by name; cells that are empty or not finite are left out.
+    """
+    metrics: Metrics = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            step = _number(row.get("step"))
+            if step is None:
+                continue
+            for name, cell in row.items():
+                value = _number(cell)
+                if name not in ("step", "epoch") and value is not None:
+                    metrics.setdefault(name, []).append((int(step), value))
+    return metrics
+
+
+def validation_metrics(metrics: Metrics) -> list[str]:
+    """Return the validation metrics, each followed by its twin of the live weights where there is one."""
+    names = [name for name in metrics if name.startswith("val") and not name.endswith(LIVE)]
+    # The loss is what the schedule acts on; what people ask for first is everything else.
+    names.sort(key=lambda name: ("loss" in name, name))
+    return [column for name in names for column in (name, name + LIVE) if column in metrics]
+
+
+def budget_rows(metrics: Metrics, budgets: list[int], folders: list[Path]) -> list[BudgetRow]:
+    """Collect what was measured at each budget.
+
+    Args:
+        metrics: The run's log.
+        budgets: Step counts, increasing.
+        folders: Where checkpoints may be.
+    """
+    rows = []
+    previous = 0
+    for budget in budgets:
+        # A validation after optimizer step b is logged at b or, counting from zero, at b - 1.
+        values = {
+            name: next((v for step, v in reversed(metrics[name]) if max(previous, budget - 1) <= step <= budget), None)
+            for name in validation_metrics(metrics)
+        }
+        files = (folder / f"budget-{budget}.ckpt" for folder in folders)
+        rows.append(BudgetRow(budget, values, next((file for file in files if file.exists()), None)))
+        previous = budget
+    return rows
+
+
+def print_summary(trainer: Trainer, folder: Path) -> None:
+    """Print the table of budgets, write the picture, and name the run's folder.
+
+    Args:
+        trainer: A Trainer whose fit is over. Nothing is printed after ``fast_dev_run``, which keeps no files.
+        folder: Its ``log_dir``.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    csv_file = _metrics_file(trainer)
+    metrics = read_metrics(csv_file) if csv_file else {}
+    budgets = _budgets(trainer)
+    if metrics and budgets:
+        _print_table(budget_rows(metrics, budgets, _checkpoint_folders(trainer, folder)))
+    if metrics:
+        _write_picture(metrics, folder / "training.png", budgets)
+    elif not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
+        sys.stdout.write("No table or picture: they are made from a CSVLogger's metrics.csv (trainer.logger).\n")
+    sys.stdout.write(f"The run's files are in {_short(folder)}\n")
+
+
+def _budgets(trainer: Trainer) -> list[int]:
+    """Return the budgets that the run has reached, its end included."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WarmupStableDecay) and callback.budgets:
+            ends = [*callback.budgets, trainer.global_step]
+            return sorted({end for end in ends if end <= trainer.global_step})
+    return []
+
+
+def _metrics_file(trainer: Trainer) -> Path | None:
+    """Return the log that the table and the picture are read from."""
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            path = Path(logger.log_dir) / "metrics.csv"
+            return path if path.is_file() else None
+    return None
+
+
+def _checkpoint_folders(trainer: Trainer, folder: Path) -> list[Path]:
+    """Return where this run's checkpoints may lie."""
+    given = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    return [Path(path) for path in given if path] + [folder / "checkpoints"]
+
+
+def _print_table(rows: list[BudgetRow]) -> None:
+    """Print one row a budget."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(rows[0].values)
+    table = Table(title="At each budget", title_justify="left", box=box.SIMPLE)
+    table.add_column("step", justify="right")
+    for name in names:
+        table.add_column(_heading(name, names), justify="right")
+    table.add_column("checkpoint", overflow="fold")
+    for row in rows:
+        values = ["-" if value is None else f"{value:.4f}" for value in row.values.values()]
+        table.add_row(str(row.step), *values, _short(row.checkpoint) if row.checkpoint else "-")
+    # Off a terminal rich would assume 80 columns and fold the paths.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(table)
+
+
+def _heading(name: str, names: list[str]) -> str:
+    """Return a column's heading; where a metric has two columns it says whose weights."""
+    if name.endswith(LIVE):
+        return f"{name.removesuffix(LIVE)}\nlive weights"
+    return f"{name}\nEMA weights" if name + LIVE in names else name
+
+
+def _write_picture(metrics: Metrics, path: Path, budgets: list[int]) -> None:
+    """Write the picture, or say how to get it."""
+    try:
+        from lightning_stable.cli.picture import draw_training
+    except ImportError:
+        sys.stdout.write("No picture: matplotlib is missing. Get it by: pip install 'lightning-stable[plots]'\n")
+        return
+    if draw_training(metrics, path, budgets=budgets):
+        sys.stdout.write(f"Picture: {_short(path)}\n")
+
+
+def _short(path: Path) -> str:
+    """Return a path as seen from the current directory."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _number(cell: str | None) -> float | None:
+    """Return a cell's finite number."""
+    try:
+        value = float(cell or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

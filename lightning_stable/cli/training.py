@@ -1,0 +1,189 @@
+"""``lightning-stable fit|validate|test|predict``: LightningCLI with packaged templates and free variables.
+
+Four things are added to the host's command line:
+
+* ``--config addon:NAME`` and ``--config recipe:NAME`` name packaged templates. An addon's ``vars`` are defaults: what
+  an earlier config or option has set stays.
+* ``vars`` holds free variables that any key may use, as in ``lr: ${vars.lr}``, also across files. References are
+  filled in after all files and options are merged, so they follow later overrides (``--vars.lr 0.01``).
+* ``${share:TOTAL,0.25}`` and ``${shares:TOTAL,0.25,0.5}`` are whole numbers of steps, so that a template's intervals
+  follow ``--trainer.max_steps``.
+* Wrong keys and values give one message instead of a traceback.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import jsonargparse
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # exported, but by a computed __all__
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from typing_extensions import override
+
+from lightning_stable.cli.locate import CommandError, resolve_config
+from lightning_stable.cli.messages import explain_interpolation, explain_parsing, is_bad_input, root_error
+from lightning_stable.cli.summary import print_summary
+from lightning_stable.registry import METHODS, load_class
+
+__all__ = ["DEFAULT_SEED", "StableCLI", "share", "shares", "train"]
+
+DEFAULT_SEED = 0
+
+
+def share(total: int | None, fraction: float) -> int:
+    """Return a share of ``total`` steps, at least one step."""
+    return max(1, int((total or 0) * fraction))
+
+
+def shares(total: int | None, *fractions: float) -> list[int] | None:
+    """Return increasing shares of ``total`` steps below it, or ``None`` where the total is not known (unset or -1)."""
+    steps = sorted({int((total or 0) * fraction) for fraction in fractions})
+    return [step for step in steps if 0 < step < (total or 0)] or None
+
+
+class StableParser(LightningArgumentParser):
+    """The host's parser; its errors are raised, to be explained and printed in one place."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise CommandError(message) from ex
+
+
+class TemplateConfig(ActionConfigFile):
+    """``--config``: a file, ``addon:NAME`` or ``recipe:NAME``; the ``vars`` of several are merged."""
+
+    @override
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        path, is_addon = resolve_config(values)
+        before = dict(cfg.get("vars") or {})
+        super().__call__(parser, cfg, path, option_string)  # type: ignore[no-untyped-call]
+        given = dict(cfg.get("vars") or {})
+        cfg["vars"] = {**given, **before} if is_addon else {**before, **given}
+
+
+class StableCLI(LightningCLI):
+    """LightningCLI in subclass mode for model and data, with late interpolation across files.
+
+    Args:
+        args: Arguments as on the command line, beginning with the sub-command.
+        **kwargs: Further arguments of LightningCLI, such as ``run=False``.
+
+    Raises:
+        CommandError: If an option, a key or a reference is wrong.
+    """
+
+    def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+        jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        _register_resolvers()
+        for method in METHODS:  # an imported class goes by its bare name in configs
+            load_class(method)
+        super().__init__(
+            args=args,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=DEFAULT_SEED,
+            parser_class=StableParser,
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "lightning-stable"},
+            **kwargs,
+        )
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = StableParser(**kwargs)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=TemplateConfig,
+            help="A YAML file, addon:NAME or recipe:NAME ('lightning-stable list'); repeatable, later ones win.",
+        )
+        return parser
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--vars", type=dict[str, Any], default={}, help="Free variables, used elsewhere as ${vars.NAME}."
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # Not the host's: it warns about arguments given beside sys.argv, which `run NAME` does on purpose.
+        try:
+            self.config = parser.parse_args(cast("list[str]", args))
+        except CommandError as error:
+            raise CommandError(self._explain(str(error), args)) from error.__cause__
+        except OmegaConfBaseException as error:
+            raise CommandError(explain_interpolation(str(error), error.full_key)) from error
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        given = [
+            callback["class_path"].rpartition(".")[2] for callback in self._get(self.config, "trainer").callbacks or []
+        ]
+        for method in METHODS:
+            if given.count(method.class_name) > 1:
+                raise CommandError(
+                    f"trainer.callbacks holds {method.class_name} {given.count(method.class_name)} times, a run takes "
+                    "one. Leave out an addon, and set the numbers of the other by --vars or in its config."
+                )
+
+    def after_fit(self) -> None:
+        """Say what came out and where it is, once, on the first process."""
+        folder = self.trainer.log_dir  # asks the other processes: all of them have to come by
+        if self.trainer.is_global_zero and folder is not None:
+            print_summary(self.trainer, Path(folder))
+
+    def _explain(self, message: str, args: ArgsType) -> str:
+        """Return the parser's message in short, with the names that were near."""
+        command = args[0] if isinstance(args, list) and args else ""
+        parsers = getattr(self, "_subcommand_parsers", {})  # there are none with run=False
+        if command not in parsers:
+            return message
+        known = [action.dest for action in parsers[command]._actions]
+        return explain_parsing(message, command, known)
+
+
+def _register_resolvers() -> None:
+    """Make :func:`share` and :func:`shares` known to the interpolation."""
+    with warnings.catch_warnings():
+        # Its name until 2.3; 2.4 deprecates that for a name that means something else in 2.3.
+        warnings.simplefilter("ignore")
+        OmegaConf.register_new_resolver("share", share, replace=True)
+        OmegaConf.register_new_resolver("shares", shares, replace=True)
+
+
+def train(args: list[str], *, debug: bool = False) -> int:
+    """Run one of the Trainer's sub-commands.
+
+    Args:
+        args: The sub-command and its options.
+        debug: Let every exception through, with its traceback.
+
+    Returns:
+        The exit code: 0, or 1 after an error that was printed.
+
+    Raises:
+        CommandError: If an option, a key or a reference is wrong.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:  # a console script has its own directory there, not the user's
+        sys.path.insert(0, here)
+    with warnings.catch_warnings():
+        # The host calls a name that torch deprecates; nothing in a user's run causes or cures it.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        try:
+            StableCLI(args)
+        except CommandError:
+            raise
+        except Exception as error:
+            root = root_error(error)
+            if debug:
+                raise
+            if not is_bad_input(root):
+                raise root from None
+            sys.stderr.write(f"lightning-stable: error: {root} (The traceback: --debug.)\n")
+            return 1
+    return 0

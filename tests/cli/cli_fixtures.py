@@ -1,0 +1,56 @@
+"""A module, data and a callback that configs of the tests name."""
+
+from typing import ClassVar
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class CliModule(LightningModule):
+    def __init__(self, lr: float = 0.1, width: int = 3) -> None:
+        super().__init__()
+        self.lr = lr
+        self.layer = nn.Linear(4, width)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layer(batch[0]).pow(2).mean()
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.layer(batch[0]).pow(2).mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class CliData(LightningDataModule):
+    def __init__(self, batch_size: int = 2) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.ones(8, 4)), self.batch_size)
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.ones(2, 4)), self.batch_size)
+
+
+class CliProbe(Callback):
+    """Records what a run was given; fails on demand."""
+
+    seen: ClassVar[list] = []
+
+    def __init__(self, tag: str = "", steps: list[int] | None = None, fail: str | None = None) -> None:
+        self.tag = tag
+        self.steps = steps
+        self.fail = fail
+
+    def on_train_start(self, trainer, pl_module):
+        if self.fail == "interrupt":
+            raise KeyboardInterrupt
+        if self.fail == "bug":
+            raise ValueError("a bug of the user")
+        type(self).seen.append((trainer, pl_module))

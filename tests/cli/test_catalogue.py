@@ -1,0 +1,123 @@
+"""``list``, ``show``, ``--help`` and ``--version``: what they print, their exit codes, and that they stay light."""
+
+import subprocess
+import sys
+
+import pytest
+
+import lightning_stable
+from lightning_stable.cli.locate import list_templates, read_card
+from lightning_stable.cli.main import COMMANDS, main
+from lightning_stable.registry import METHODS
+
+
+def test_list_is_one_plain_line_for_each_thing_off_a_terminal(capsys):
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for method in METHODS:
+        (line,) = [line for line in lines if line.split()[:2] == ["method", method.name]]
+        assert method.class_name in line
+        assert method.summary in line
+    for kind in ("recipe", "addon"):
+        for template in list_templates(kind):
+            (line,) = [line for line in lines if line.split()[:2] == [kind, template.name]]
+            assert line.endswith(template.summary)
+    assert len(lines) == len(METHODS) + len(list_templates("recipe")) + len(list_templates("addon"))
+
+
+def test_list_shows_tables_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert "Methods" in out
+    assert "quickstart" in out
+    assert "wsd_s" in out
+
+
+def test_every_method_has_an_addon_and_every_addon_a_method():
+    known = {name for method in METHODS for name in (method.name, *method.addons)}
+    assert {template.name for template in list_templates("addon")} == known
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_show_prints_the_card_of_a_method(method, capsys):
+    assert main(["show", method.name]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == read_card(method.name).rstrip("\n")
+
+
+def test_show_renders_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(["show", "quickstart"]) == 0
+    assert main(["show", "wsd"]) == 0
+    assert "class_path" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "kind"), [("quickstart", "recipe"), ("wsd_s", "addon"), ("addon:ema", "addon")])
+def test_show_prints_a_template(name, kind, capsys):
+    assert main(["show", name]) == 0
+    (template,) = [t for t in list_templates(kind) if t.name == name.rpartition(":")[2]]
+    assert capsys.readouterr().out == template.path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["lst"], ["'lst'", "'list'"]),
+        (["show", "wsdd"], ["'wsdd'", "'wsd'"]),
+        (["show", "addon:emaa"], ["addon 'emaa'", "'ema'"]),
+        (["show"], ["NAME", "show --help"]),
+        (["show", "wsd", "more"], ["more"]),
+        (["list", "--long"], ["--long"]),
+        (["run"], ["quickstart", "lm_pretrain"]),
+        (["run", "--trainer.max_steps", "3"], ["name of a recipe comes first", "'--trainer.max_steps'"]),
+        (["run", "quikstart"], ["'quikstart'", "'quickstart'"]),
+        (["run", "ema"], ["addon", "--config addon:ema"]),
+        (["--versoin"], ["--help"]),
+    ],
+    ids=" ".join,
+)
+def test_wrong_use_is_one_line_and_exit_code_2(arguments, parts, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    for part in parts:
+        assert part in err
+
+
+def test_a_file_given_to_run_is_sent_to_fit(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("trainer: {}")
+    assert main(["run", str(file)]) == 2
+    assert f"fit --config {file}" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f"\n  {command} " in out or f"\n    {command} " in out
+    for command in ("run", "list", "show"):
+        assert main([command, "--help"]) == 0
+        assert f"usage: lightning-stable {command}" in capsys.readouterr().out
+    assert main(["run", "quickstart", "--help"]) == 0
+    assert "quickstart" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lightning-stable {lightning_stable.__version__}\n"
+    assert main([]) == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_the_commands_are_frozen():
+    assert list(COMMANDS) == ["run", "list", "show", "fit", "validate", "test", "predict"]
+
+
+def test_light_commands_import_no_torch():
+    code = (
+        "import sys; from lightning_stable.cli.main import main\n"
+        "codes = [main(a) for a in (['list'], ['show', 'wsd_s'], ['--help'], ['run', '--help'], ['--version'])]\n"
+        "heavy = {'torch', 'lightning', 'jsonargparse', 'omegaconf', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'{codes} {heavy}' if any(codes) or heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,119 @@
+"""The end of a run: the table of budgets, the picture, and where the files are."""
+
+import signal
+import sys
+
+import pytest
+
+from lightning_stable.cli.main import main
+from lightning_stable.cli.picture import draw_training
+from lightning_stable.cli.summary import budget_rows, read_metrics, validation_metrics
+
+LOG = """\
+epoch,step,lr-AdamW,train_loss,val_accuracy,val_accuracy_live,val_loss,val_loss_live,wsd/phase
+,0,0.0,,,,,,
+0,0,,2.5,,,,,0.0
+0,4,0.01,1.5,,,,,1.0
+0,9,,,0.75,0.5,0.5,0.75,
+0,9,0.001,nan,,,,,2.0
+1,14,0.01,0.9,,,,,1.0
+1,19,,,0.875,0.75,0.25,0.375,
+1,19,0.001,0.5,,,,,2.0
+"""
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    (tmp_path / "metrics.csv").write_text(LOG)
+    return read_metrics(tmp_path / "metrics.csv")
+
+
+def test_metrics_are_read_by_column_without_gaps(metrics):
+    assert metrics["train_loss"] == [(0, 2.5), (4, 1.5), (14, 0.9), (19, 0.5)]
+    assert "epoch" not in metrics
+    assert "step" not in metrics
+    assert validation_metrics(metrics) == ["val_accuracy", "val_accuracy_live", "val_loss", "val_loss_live"]
+
+
+def test_rows_hold_what_was_measured_at_the_budget(metrics, tmp_path):
+    (tmp_path / "budget-10.ckpt").touch()
+    first, second, third = budget_rows(metrics, [10, 15, 20], [tmp_path / "none", tmp_path])
+    assert first.values == {"val_accuracy": 0.75, "val_accuracy_live": 0.5, "val_loss": 0.5, "val_loss_live": 0.75}
+    assert first.checkpoint == tmp_path / "budget-10.ckpt"
+    assert set(second.values.values()) == {None}, "no validation fell on it"
+    assert second.checkpoint is None
+    assert third.values["val_loss"] == 0.25
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        None,
+        ["train_loss"],
+        ["lr-AdamW"],
+        ["val_loss", "val_loss_live"],
+        ["val_accuracy", "wsd/phase"],
+    ],
+    ids=["all", "loss", "rate", "validation", "phases"],
+)
+def test_a_picture_is_drawn_from_any_columns(metrics, tmp_path, columns):
+    chosen = {name: points for name, points in metrics.items() if columns is None or name in columns}
+    path = tmp_path / "run" / "version_0" / "training.png"
+    assert draw_training(chosen, path, budgets=[10, 20])
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_there_is_no_picture_of_nothing(metrics, tmp_path):
+    assert not draw_training({"wsd/phase": metrics["wsd/phase"]}, tmp_path / "training.png")
+    assert not (tmp_path / "training.png").exists()
+
+
+@pytest.fixture
+def quickstart(tmp_path, monkeypatch, capsys):
+    """Run the quickstart for 8 steps in an empty directory and return what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the command puts the current directory there
+    previous = signal.getsignal(signal.SIGINT)
+
+    def run(*options):
+        quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+        assert main(["run", "quickstart", "--trainer.max_steps", "8", *quiet, *options]) == 0
+        return capsys.readouterr().out
+
+    yield run
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_the_quickstart_ends_with_a_table_a_picture_and_the_place(quickstart, tmp_path):
+    out = quickstart("--trainer.log_every_n_steps", "1")
+    folder = tmp_path / "runs/quickstart/version_0"
+    lines = out.splitlines()
+    for budget in (2, 4, 8):
+        (row,) = [line.split() for line in lines if line.split()[:1] == [str(budget)]]
+        assert row[-1] == f"runs/quickstart/version_0/checkpoints/budget-{budget}.ckpt"
+        assert (tmp_path / row[-1]).is_file()
+        assert len(row) == 6
+        assert all(float(value) >= 0 for value in row[1:5]), "both weight sets were measured at every budget"
+    assert "live weights" in out
+    assert lines[-2:] == [
+        "Picture: runs/quickstart/version_0/training.png",
+        "The run's files are in runs/quickstart/version_0",
+    ]
+    assert (folder / "training.png").stat().st_size > 10_000
+    assert (folder / "config.yaml").is_file()
+    assert {"lr-AdamW", "train_loss", "wsd/phase", "val_loss", "val_loss_live"} <= set(
+        read_metrics(folder / "metrics.csv")
+    )
+
+
+def test_without_matplotlib_it_says_how_to_get_the_picture(quickstart, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning_stable.cli.picture", None)  # importing it now fails
+    out = quickstart("--trainer.log_every_n_steps", "4")
+    assert "lightning-stable[plots]" in out
+    assert "The run's files are in" in out
+
+
+def test_another_logger_gets_the_place_only(quickstart):
+    out = quickstart("--trainer.logger", "false", "--trainer.callbacks", "null")
+    assert "metrics.csv" in out
+    assert "The run's files are in" in out

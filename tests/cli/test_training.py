@@ -1,0 +1,277 @@
+"""``fit`` and its kin: configs and how they compose, references that follow overrides, exit codes and messages."""
+
+import signal
+import sys
+
+import pytest
+import torch
+import yaml
+from cli_fixtures import CliProbe
+
+from lightning_stable.cli.locate import list_templates
+from lightning_stable.cli.main import main
+from lightning_stable.cli.training import StableCLI, share, shares
+
+BASE = """
+vars: {lr: 0.01, steps: 4, tag: base, marks: [1, 2], wsd_decay: 0.5}
+trainer:
+  max_steps: ${vars.steps}
+  accelerator: cpu
+  enable_progress_bar: false
+  enable_model_summary: false
+  log_every_n_steps: 1
+  logger:
+    class_path: lightning.pytorch.loggers.CSVLogger
+    init_args: {save_dir: runs, name: cli}
+  callbacks:
+    - class_path: cli_fixtures.CliProbe
+      init_args: {tag: "${vars.tag}", steps: "${vars.marks}"}
+model: {class_path: cli_fixtures.CliModule, init_args: {lr: "${vars.lr}"}}
+data: {class_path: cli_fixtures.CliData}
+"""
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """A config in an empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the command puts the current directory there
+    CliProbe.seen.clear()
+    (tmp_path / "base.yaml").write_text(BASE)
+    previous = signal.getsignal(signal.SIGINT)  # the host ignores Ctrl-C from the first one on
+    yield "base.yaml"
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.fixture
+def printed(base, capsys):
+    """Return the merged config of a ``fit`` with the given options."""
+
+    def parse(*options):
+        code = main(["fit", "--config", base, *options, "--print_config"])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return yaml.safe_load(out)
+
+    return parse
+
+
+def names(config):
+    return [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
+
+
+def test_fit_trains_saves_its_config_and_runs_again_from_it(base, tmp_path, capsys):
+    for version in range(2):
+        assert main(["fit", "--config", base]) == 0
+        assert f"runs/cli/version_{version}" in capsys.readouterr().out
+    saved = tmp_path / "runs/cli/version_1/config.yaml"
+    config = yaml.safe_load(saved.read_text())
+    assert config["trainer"]["max_steps"] == 4
+    assert config["seed_everything"] == 0
+    assert main(["fit", "--config", str(saved)]) == 0
+    (first, second, third) = (module.layer.weight for _, module in CliProbe.seen)
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    assert main(["validate", "--config", str(saved)]) == 0
+
+
+def test_a_second_run_in_the_same_place_works_without_a_logger(base):
+    options = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false"]
+    for _ in range(2):
+        assert main(["fit", "--config", base, *options]) == 0
+
+
+def test_references_follow_later_overrides_and_files(printed, tmp_path):
+    (tmp_path / "more.yaml").write_text("vars: {tag: more}\ndata: {init_args: {batch_size: '${vars.steps}'}}")
+    config = printed("-c", "more.yaml", "--vars.lr", "0.5", "--vars.steps=7", "--vars.marks=[3, 4]")
+    assert config["model"]["init_args"]["lr"] == 0.5
+    assert config["trainer"]["max_steps"] == 7
+    assert config["data"]["init_args"]["batch_size"] == 7
+    assert config["trainer"]["callbacks"][0]["init_args"] == {"tag": "more", "steps": [3, 4], "fail": None}
+    assert config["vars"]["wsd_decay"] == 0.5, "the vars of several files are merged"
+
+
+def test_direct_options_win(printed):
+    config = printed("--trainer.max_steps", "9", "--model.lr", "0.25")
+    assert config["trainer"]["max_steps"] == 9
+    assert config["model"]["init_args"]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("spelling", [["--config", "addon:ema"], ["-c", "addon:ema"], ["--config=addon:ema"]])
+def test_an_addon_is_appended_however_it_is_spelt(printed, spelling):
+    assert names(printed(*spelling)) == ["CliProbe", "EMA"]
+
+
+def test_two_addons_and_own_callbacks_are_all_there_in_order(printed):
+    config = printed("-c", "addon:ema", "-c", "addon:wsd", "--trainer.callbacks+=CliProbe")
+    assert names(config) == ["CliProbe", "EMA", "WarmupStableDecay", "CliProbe"]
+
+
+def test_an_addon_may_come_first_and_alone(printed, base, capsys):
+    code = main(["fit", "-c", "addon:balanced_ema", "--model", "cli_fixtures.CliModule", "--print_config"])
+    assert code == 0
+    assert names(yaml.safe_load(capsys.readouterr().out)) == ["BalancedEMA"]
+
+
+def test_vars_of_an_addon_are_defaults(printed):
+    config = printed("--vars.ema_decay", "0.5", "-c", "addon:ema", "-c", "addon:wsd", "--vars.wsd_warmup", "2")
+    _, ema, wsd = (callback["init_args"] for callback in config["trainer"]["callbacks"])
+    assert ema["decay"] == 0.5, "an earlier option stays"
+    assert wsd["decay"] == 0.5, "an earlier config stays"
+    assert wsd["warmup"] == 2, "a later option wins"
+    assert isinstance(wsd["warmup"], int), "optimizer steps, not a share"
+
+
+def test_bare_names_of_methods_work_on_the_command_line(printed):
+    config = printed("--trainer.callbacks+=BalancedEMA", "--trainer.callbacks.fallback_decay=0.5")
+    assert names(config)[-1] == "BalancedEMA"
+    assert config["trainer"]["callbacks"][-1]["init_args"]["fallback_decay"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "budgets"),
+    [
+        ([], [1, 2]),
+        (["--trainer.max_steps", "200"], [50, 100]),
+        (["--trainer.max_steps", "-1"], None),
+        (["--vars.budgets", "[3, 4]"], [3, 4]),
+    ],
+    ids=["follows the config", "follows an option", "unknown length", "given"],
+)
+def test_wsd_s_has_budgets_that_fit_any_run(printed, options, budgets):
+    config = printed("-c", "addon:wsd_s", *options)
+    assert config["trainer"]["callbacks"][-1]["init_args"]["budgets"] == budgets
+
+
+def test_shares():
+    assert share(600, 0.05) == 30
+    assert share(3, 0.1) == 1
+    assert shares(600, 0.5, 0.25) == [150, 300]
+    assert shares(2, 0.25, 0.5, 1.0) == [1]
+    assert shares(None, 0.5) is None
+    assert shares(-1, 0.5) is None
+
+
+TEMPLATES = [f"{kind}:{template.name}" for kind in ("recipe", "addon") for template in list_templates(kind)]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_template_parses_and_builds(name, base, monkeypatch):
+    monkeypatch.setattr(StableCLI, "_run_subcommand", lambda self, subcommand: built.append(self))
+    built: list[StableCLI] = []
+    configs = ["--config", name] if name.startswith("recipe:") else ["--config", base, "--config", name]
+    assert main(["fit", *configs, "--trainer.accelerator", "cpu"]) == 0
+    (cli,) = built
+    written = yaml.safe_load(cli.parser.dump(cli.config))["fit"]["trainer"]["callbacks"]
+    assert {callback["class_path"].rpartition(".")[2] for callback in written} <= {
+        type(callback).__name__ for callback in cli.trainer.callbacks
+    }
+
+
+@pytest.mark.parametrize("name", [template.name for template in list_templates("addon")])
+def test_every_addon_trains_a_few_steps(name, base):
+    assert main(["fit", "--config", base, "--config", f"addon:{name}"]) == 0
+
+
+@pytest.mark.parametrize("name", [template.name for template in list_templates("recipe")])
+def test_every_recipe_passes_a_dry_run(name, base):
+    options = ["--trainer.fast_dev_run", "2", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    assert main(["run", name, *options]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("trainer: {max_stepz: 3}", ["'trainer.max_stepz'", "'trainer.max_steps'"]),
+        ("trainr: {max_steps: 3}", ["'trainr.max_steps'", "Did you mean"]),
+        ("model: {class_path: cli_fixtures.CliModule, init_args: {lrr: 1}}", ["model", "'lrr'", "'lr'"]),
+        ("trainer: {callbacks+: [{class_path: EMA, init_args: {deccay: 1}}]}", ["callbacks", "'deccay'", "'decay'"]),
+        ("trainer: {callbacks: [{class_path: cli_fixtures.Gone}]}", ["callbacks", "Gone"]),
+        ("model: {class_path: Gone}", ["model", "'Gone'", "package.module.Class"]),
+        ("trainer: {max_steps: '${vars.stepz}'}", ["trainer.max_steps", "${vars.stepz}", "--vars.stepz"]),
+        ("trainer: {max_steps: many}", ["trainer.max_steps", "many"]),
+        ("trainer: [", ["parsing"]),
+    ],
+)
+def test_a_wrong_config_names_the_key_and_is_exit_code_2(text, parts, base, tmp_path, capsys):
+    (tmp_path / "wrong.yaml").write_text(text)
+    assert main(["fit", "--config", base, "--config", "wrong.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("lightning-stable: error: ")
+    assert len(err.splitlines()) <= 3
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["fit"], ["model is not set", "--config"]),
+        (["fit", "--config", "gone.yaml"], ["gone.yaml", "not exist"]),
+        (["fit", "--config", "base.yaml", "--config", "addon:emaa"], ["addon 'emaa'", "'ema'"]),
+        (["fit", "--config", "recipe:quikstart"], ["recipe 'quikstart'", "'quickstart'"]),
+        (["fit", "--config", "base.yaml", "--trainer.max_stepz", "3"], ["'trainer.max_stepz'", "'trainer.max_steps'"]),
+        (["run", "quickstart", "--config", "addon:ema"], ["EMA 2 times"]),
+    ],
+    ids=["nothing", "no file", "no addon", "no recipe", "no option", "twice"],
+)
+def test_wrong_options_are_exit_code_2(arguments, parts, base, tmp_path, capsys):
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    for part in parts:
+        assert part in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["-c", "addon:ema", "--vars.ema_decay", "4"], "decay=4.0 is not in [0, 1)"),
+        (["-c", "addon:wsd", "--vars.wsd_decay", "40"], "decay=40"),
+        (["-c", "addon:wsd_s", "--vars.budgets", "[50]"], "budgets=[50]"),
+        (["--vars.lr", "-1"], "learning rate"),
+        (["--trainer.accelerator", "abacus"], "abacus"),
+        (["--ckpt_path", "gone.ckpt"], "gone.ckpt"),
+    ],
+)
+def test_a_bad_value_is_one_message_and_exit_code_1(options, part, base, capsys):
+    assert main(["fit", "--config", base, *options]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("lightning-stable: error:")]
+    assert part in line
+
+
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_debug_lets_the_exception_through(by, base, monkeypatch):
+    if by == "environment":
+        monkeypatch.setenv("LIGHTNING_STABLE_DEBUG", "1")
+    with pytest.raises(ValueError, match="decay=4"):
+        main(["fit", "--config", base, "-c", "addon:ema", "--vars.ema_decay", "4", *(["--debug"] * (by == "option"))])
+
+
+def test_a_bug_elsewhere_keeps_its_traceback(base):
+    with pytest.raises(ValueError, match="a bug of the user"):
+        main(["fit", "--config", base, "--trainer.callbacks.fail", "bug"])
+
+
+def test_ctrl_c_is_exit_code_130(base):
+    assert main(["fit", "--config", base, "--trainer.callbacks.fail", "interrupt"]) == 130
+
+
+def test_modules_of_the_current_directory_can_be_named(base, tmp_path):
+    (tmp_path / "own_module_of_the_test.py").write_text(
+        "from cli_fixtures import CliModule\nclass OwnModule(CliModule):\n    pass\n"
+    )
+    assert main(["fit", "--config", base, "--model", "own_module_of_the_test.OwnModule"]) == 0
+
+
+def test_the_own_options_are_frozen(base, capsys):
+    assert main(["fit", "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in ("--config CONFIG", "--print_config", "--vars VARS", "--seed_everything", "--ckpt_path"):
+        assert option in text
+    assert "addon:NAME" in text

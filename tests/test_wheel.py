@@ -1,0 +1,125 @@
+"""The wheel: what it carries, what it needs, and that the command works from it in an empty directory."""
+
+import importlib.metadata
+import os
+import site
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*command, cwd, **kwargs):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False, **kwargs
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A fresh environment with the wheel; the folder of its programs.
+
+    The dependencies are those of the running environment: its site-packages are on the path of the fresh one, behind
+    its own. Path files in there are not read again, so an editable checkout of the package stays invisible.
+    """
+    folder = tmp_path_factory.mktemp("environment") / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    programs = folder / ("Scripts" if os.name == "nt" else "bin")
+    python = programs / "python"
+    purelib = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).stdout.strip()
+    dependencies = dict.fromkeys(
+        [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    )
+    Path(purelib, "dependencies.pth").write_text("\n".join(dependencies))
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    # The dependencies are seen but not installed there, and one of them may be the checkout itself.
+    run(*pip, "install", "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=folder)
+    return programs
+
+
+@pytest.fixture
+def command(installed, tmp_path):
+    """Run the installed command in an empty directory."""
+    return lambda *arguments: run(installed / "lightning-stable", *arguments, cwd=tmp_path).stdout
+
+
+def test_the_wheel_carries_every_template_and_card_and_no_other_top_level_name(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for file in (ROOT / "templates").rglob("*.yaml"):
+        assert f"lightning_stable/templates/{file.relative_to(ROOT / 'templates').as_posix()}" in names
+    for file in (ROOT / "docs" / "methods").glob("*.md"):
+        assert f"lightning_stable/cards/{file.name}" in names
+    for file in (ROOT / "lightning_stable").rglob("*.py"):
+        assert file.relative_to(ROOT).as_posix() in names
+    assert "lightning_stable/py.typed" in names
+    top = {name.partition("/")[0] for name in names}
+    assert top == {"lightning_stable", next(name for name in top if name.endswith(".dist-info"))}
+
+
+def test_the_declared_requirements_are_satisfied_here(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        declared = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist")
+    assert unmet(declared, extra="") == []
+    names = {Requirement(line).name for line in declared}
+    assert {"lightning", "torch", "torchmetrics", "peft", "transformers", "omegaconf", "jsonargparse"} <= names
+
+
+def unmet(lines, extra):
+    """Return the requirements that the running environment does not satisfy, extras of requirements included."""
+    missing = []
+    for requirement in map(Requirement, lines):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if extra and (requirement.marker is None or "extra" not in str(requirement.marker)):
+            continue  # of the distribution itself, which was checked when it was installed
+        try:
+            distribution = importlib.metadata.distribution(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(str(requirement))
+            continue
+        if not requirement.specifier.contains(distribution.version, prereleases=True):
+            missing.append(f"{requirement}, found {distribution.version}")
+        for name in requirement.extras:
+            missing += unmet(distribution.requires or [], name)
+    return missing
+
+
+def test_the_package_is_that_of_the_wheel(installed, tmp_path):
+    code = (
+        "import lightning_stable, importlib.metadata as m; print(lightning_stable.__file__); print(m.version('torch'))"
+    )
+    where = run(installed / "python", "-c", code, cwd=tmp_path).stdout.splitlines()[0]
+    assert Path(where).is_relative_to(installed.parent)
+
+
+def test_list_and_show_work_from_the_wheel(command):
+    assert {line.split()[1] for line in command("list").splitlines()} >= {"wsd", "ema", "quickstart", "wsd_s"}
+    assert command("show", "wsd") == (ROOT / "docs/methods/wsd.md").read_text(encoding="utf-8")
+    assert command("show", "quickstart") == (ROOT / "templates/recipes/quickstart.yaml").read_text(encoding="utf-8")
+
+
+def test_the_quickstart_runs_from_the_wheel_in_an_empty_directory(command, tmp_path):
+    out = command("run", "quickstart", "--trainer.max_steps", "4", "--trainer.accelerator", "cpu")
+    assert "At each budget" in out
+    folder = tmp_path / "runs/quickstart/version_0"
+    assert {"config.yaml", "metrics.csv", "checkpoints"} <= {path.name for path in folder.iterdir()}
+    assert {path.name for path in folder.glob("checkpoints/budget-*")} == {f"budget-{b}.ckpt" for b in (1, 2, 4)}
