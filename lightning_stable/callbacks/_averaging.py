@@ -1,5 +1,6 @@
 """What every callback that keeps averaged weights shares: their life through fits, validation and checkpoints."""
 
+import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,12 +12,12 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_stable.callbacks._evaluate import LoggedValue, evaluate_validation
 from lightning_stable.callbacks._host import MethodWrap, refuse_company, run_first
-from lightning_stable.callbacks._weights import WeightSwap
+from lightning_stable.callbacks._weights import WeightSwap, read_weights
 from lightning_stable.functional.ema import init_ema
 
 __all__ = ["AveragedWeights"]
@@ -226,6 +227,26 @@ class AveragedWeights(Callback, ABC):
         }
 
     # ------------------------------------------------------------------ for users
+
+    @staticmethod
+    def load_weights(
+        path: str | os.PathLike[str], which: str = "ema", into: nn.Module | None = None, prefix: str = ""
+    ) -> dict[str, Tensor]:
+        """Read the averaged or the live weights from a checkpoint, without a Trainer.
+
+        Args:
+            path: A full checkpoint that was saved with EMA or BalancedEMA in the Trainer.
+            which: ``"ema"`` or ``"live"``.
+            into: A plain module to load them into, strictly.
+            prefix: Take only the names that begin with it, without it: ``"model."`` for the submodule ``model``.
+
+        Returns:
+            The weights by name, on the CPU.
+
+        Raises:
+            ValueError: If ``which`` is unknown, the checkpoint holds no average, or no name begins with ``prefix``.
+        """
+        return read_weights(path, which, into, prefix)
 
     @property
     def updates(self) -> int:

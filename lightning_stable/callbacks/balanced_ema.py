@@ -11,17 +11,15 @@ Example:
     >>> trainer = Trainer(callbacks=[BalancedEMA(form="derived")], logger=False, enable_checkpointing=False)
 """
 
-import os
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_stable.callbacks._averaging import AveragedWeights
-from lightning_stable.callbacks._weights import read_weights
 from lightning_stable.functional.balanced_ema import FORMS, BalancedEMAState, update_balanced_ema
 from lightning_stable.functional.ema import check_decay
 
@@ -84,13 +82,6 @@ class BalancedEMA(AveragedWeights):
         self._before: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
         self._last_gradients: dict[str, Tensor] = {}
-
-    @staticmethod
-    def load_weights(
-        path: str | os.PathLike[str], which: str = "ema", into: nn.Module | None = None, prefix: str = ""
-    ) -> dict[str, Tensor]:
-        """Read the averaged or the live weights from a checkpoint (see :meth:`.EMA.load_weights`)."""
-        return read_weights(path, which, into, prefix)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,12 +11,9 @@ Example:
     >>> trainer = Trainer(callbacks=[EMA(decay=0.99)], logger=False, enable_checkpointing=False)
 """
 
-import os
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_stable.callbacks._averaging import AveragedWeights
-from lightning_stable.callbacks._weights import read_weights
 from lightning_stable.functional.ema import EMAState, check_decay, ema_decay, update_ema
 
 __all__ = ["EMA"]
@@ -32,7 +29,7 @@ class EMA(AveragedWeights):
     process under DDP.
 
     A checkpoint's ``state_dict`` holds the weights that validation measured: the average, unless
-    ``validate_with="live"``. Full checkpoints hold both sets (see :meth:`load_weights`).
+    ``validate_with="live"``. Full checkpoints hold both sets (see ``load_weights``).
 
     Args:
         decay: :math:`\beta`, the share of the old average that is kept, in [0, 1).
@@ -80,26 +77,6 @@ class EMA(AveragedWeights):
         self.decay = decay
         self.warmup = warmup
         self.every_n_steps = every_n_steps
-
-    @staticmethod
-    def load_weights(
-        path: str | os.PathLike[str], which: str = "ema", into: nn.Module | None = None, prefix: str = ""
-    ) -> dict[str, Tensor]:
-        """Read the averaged or the live weights from a checkpoint, without a Trainer.
-
-        Args:
-            path: A full checkpoint that was saved with EMA or BalancedEMA in the Trainer.
-            which: ``"ema"`` or ``"live"``.
-            into: A plain module to load them into, strictly.
-            prefix: Take only the names that begin with it, without it: ``"model."`` for the submodule ``model``.
-
-        Returns:
-            The weights by name, on the CPU.
-
-        Raises:
-            ValueError: If ``which`` is unknown, the checkpoint holds no average, or no name begins with ``prefix``.
-        """
-        return read_weights(path, which, into, prefix)
 
     def _due(self, previous_step: int, step: int) -> bool:
         return step // self.every_n_steps > previous_step // self.every_n_steps

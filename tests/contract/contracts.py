@@ -20,6 +20,7 @@ import yaml
 from contract.harness import (
     BATCHES,
     MODULES,
+    QUIET,
     DictNet,
     Net,
     Run,
@@ -265,15 +266,7 @@ def check_exception(row: Row, where: str, tmp_path: Path) -> None:
     plugin = row.settings.make()
     run = Run(None, module, [plugin])
     trainer = Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        val_check_interval=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **attach([plugin], {}),
+        **attach([plugin], {**QUIET, "max_steps": STEPS, "val_check_interval": 2, "num_sanity_val_steps": 0})
     )
     with pytest.raises(RuntimeError, match="deliberate failure"):
         trainer.fit(module, Stream(), Stream(2, seed=5))

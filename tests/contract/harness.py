@@ -17,6 +17,14 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+# Settings of a Trainer in a test: one process on the CPU, no files, no output.
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 FEATURES = 6
 BATCHES = 6
 BATCH_SIZE = 8
@@ -283,16 +291,7 @@ def fit(
     module = Net() if module is None else module
     logger = MemoryLogger()
     if trainer is None:
-        defaults: dict[str, Any] = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": logger,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "log_every_n_steps": 1,
-            "num_sanity_val_steps": 0,
-        }
+        defaults = {**QUIET, "devices": 1, "logger": logger, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
         trainer = Trainer(**attach(plugins, {**defaults, **settings}))
     if own_loaders:
         trainer.fit(module, ckpt_path=ckpt_path)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from contract.harness import QUIET
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DistributedSampler
 
@@ -12,13 +13,6 @@ from lightning_stable.data._resumable import EpochSampler
 from lightning_stable.data.digits import DigitsDataModule
 from lightning_stable.data.text import TextDataModule
 
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 EPOCH = 5  # batches of an epoch, for both datamodules below
 
 

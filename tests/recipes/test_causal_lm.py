@@ -2,19 +2,13 @@ import math
 
 import pytest
 import torch
+from contract.harness import QUIET
 from lightning.pytorch import Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from lightning_stable.data.text import TextDataModule
 from lightning_stable.recipes.causal_lm import CausalLM
 
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 TINY = {
     "model_type": "llama",
     "vocab_size": 256,

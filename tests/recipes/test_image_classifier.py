@@ -1,17 +1,10 @@
 import pytest
 import torch
+from contract.harness import QUIET
 from lightning.pytorch import Trainer, seed_everything
 
 from lightning_stable.data.digits import DigitsDataModule
 from lightning_stable.recipes.image_classifier import ImageClassifier
-
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 @pytest.mark.parametrize("architecture", ["conv", "mlp"])
