@@ -19,6 +19,7 @@ Loaders draw from a generator of their own: how often one is iterated leaves dro
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
-__all__ = ["EpochSampler", "ResumableLoader", "check_settings", "ordered_loader", "training_loader"]
+__all__ = ["EpochSampler", "ResumableLoader", "SplitDataModule"]
 
 _SEED_STRIDE = 2_654_435_761  # prime: neighbouring seeds do not share an order in neighbouring epochs
 
@@ -132,49 +133,82 @@ class ResumableLoader(DataLoader[Any]):
         yield from super().__iter__()
 
 
-def training_loader(
-    datamodule: LightningDataModule, dataset: Dataset[Any], *, batch_size: int, num_workers: int, seed: int
-) -> DataLoader[Any]:
-    """Return the shuffled, resumable loader of this process for training.
+class SplitDataModule(LightningDataModule, ABC):
+    """A datamodule of two in-memory parts: training in a resumable order, validation in the data's own.
+
+    A subclass says how the parts are made (:meth:`_load_splits`). There is no third part: tests read the validation
+    part.
 
     Args:
-        datamodule: Asked for its Trainer: the processes, the progress, and whether to overfit a few batches.
-        dataset: Map-style dataset with a length.
-        batch_size: Samples in a batch of one process.
-        num_workers: Worker processes.
-        seed: Seed of the order.
+        batch_size: Samples in a batch of one process. In training the incomplete batch of an epoch is left out.
+        num_workers: Worker processes of each loader.
+        seed: Seed of the split and of the training order.
+        validation_share: Share of the data held out, in (0, 1).
 
     Raises:
-        ValueError: If there is not one whole batch for every process.
+        ValueError: If a setting is out of range, or there is no whole training batch for every process.
     """
-    trainer: Any = datamodule.trainer  # as in ResumableLoader
-    if trainer is not None and trainer.overfit_batches > 0:
-        # The host wants the same few batches in every epoch, and splits a plain loader among the processes itself.
-        return ordered_loader(dataset, batch_size=batch_size, num_workers=num_workers)
-    split = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {"num_replicas": 1, "rank": 0}
-    sampler = EpochSampler(dataset, seed, split["rank"], split["num_replicas"])
-    if len(sampler) < batch_size:
-        raise ValueError(
-            f"batch_size={batch_size} on {sampler.num_replicas} process(es) needs {batch_size * sampler.num_replicas} "
-            f"training samples for one batch, there are {len(dataset)}. "  # type: ignore[arg-type] # sized, see Args
-            "Lower batch_size or give more data."
+
+    def __init__(self, batch_size: int, num_workers: int, seed: int, validation_share: float) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more samples, got {batch_size!r}.")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be 0 (load in the training process) or more, got {num_workers!r}.")
+        if not 0.0 < validation_share < 1.0:
+            raise ValueError(f"validation_share must lie between 0 and 1, both excluded, got {validation_share!r}.")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.validation_share = validation_share
+        self._splits: tuple[Dataset[Any], Dataset[Any]] | None = None
+
+    @abstractmethod
+    def _load_splits(self) -> tuple[Dataset[Any], Dataset[Any]]:
+        """Return the training and the validation part."""
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Load and split the data, once for all stages."""
+        self._parts()
+
+    @override
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return this process's shuffled, resumable training batches."""
+        dataset = self._parts()[0]
+        trainer: Any = self.trainer  # as in ResumableLoader
+        if trainer is not None and trainer.overfit_batches > 0:
+            # The host wants the same few batches in every epoch, and splits a plain loader among the processes itself.
+            return self._ordered(dataset)
+        split = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {"num_replicas": 1, "rank": 0}
+        sampler = EpochSampler(dataset, self.seed, split["rank"], split["num_replicas"])
+        if len(sampler) < self.batch_size:
+            processes = sampler.num_replicas
+            raise ValueError(
+                f"batch_size={self.batch_size} on {processes} process(es) needs {self.batch_size * processes} "
+                f"training samples for one batch, there are {len(dataset)}. "  # type: ignore[arg-type] # sized
+                "Lower batch_size or give more data."
+            )
+        return ResumableLoader(dataset, sampler, self.batch_size, self.num_workers, trainer)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the held-out samples in a fixed order."""
+        return self._ordered(self._parts()[1])
+
+    @override
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the held-out samples: there is no third part."""
+        return self.val_dataloader()
+
+    def _parts(self) -> tuple[Dataset[Any], Dataset[Any]]:
+        if self._splits is None:
+            self._splits = self._load_splits()
+        return self._splits
+
+    def _ordered(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        """Return a plain loader; the host splits it among processes."""
+        generator = torch.Generator()
+        return DataLoader(
+            dataset, batch_size=self.batch_size, shuffle=False, num_workers=self.num_workers, generator=generator
         )
-
-    return ResumableLoader(dataset, sampler, batch_size, num_workers, trainer)
-
-
-def ordered_loader(dataset: Dataset[Any], *, batch_size: int, num_workers: int) -> DataLoader[Any]:
-    """Return a plain loader in the dataset's own order, for evaluation. The host splits it among processes."""
-    return DataLoader(
-        dataset, batch_size=batch_size, shuffle=False, num_workers=num_workers, generator=torch.Generator()
-    )
-
-
-def check_settings(batch_size: int, num_workers: int, validation_share: float) -> None:
-    """Raise a ``ValueError`` that names the first setting out of range."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more samples, got {batch_size!r}.")
-    if num_workers < 0:
-        raise ValueError(f"num_workers must be 0 (load in the training process) or more, got {num_workers!r}.")
-    if not 0.0 < validation_share < 1.0:
-        raise ValueError(f"validation_share must lie between 0 and 1, both excluded, got {validation_share!r}.")

@@ -15,16 +15,15 @@ Example:
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from lightning_stable.data._resumable import check_settings, ordered_loader, training_loader
+from lightning_stable.data._resumable import SplitDataModule
 
 __all__ = ["DigitsDataModule"]
 
 
-class DigitsDataModule(LightningDataModule):
+class DigitsDataModule(SplitDataModule):
     """scikit-learn's digits with a fixed stratified split and a resumable training order.
 
     A batch is ``(images, labels)``: float32 of shape (N, 1, 8, 8) in [0, 1], and int64 of shape (N,) in 0..9. The
@@ -48,55 +47,23 @@ class DigitsDataModule(LightningDataModule):
     def __init__(
         self, batch_size: int = 64, num_workers: int = 0, seed: int = 0, validation_share: float = 0.2
     ) -> None:
-        super().__init__()
-        check_settings(batch_size, num_workers, validation_share)
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self.validation_share = validation_share
-        self._splits: tuple[TensorDataset, TensorDataset] | None = None
-
-    @override
-    def setup(self, stage: str | None = None) -> None:
-        """Load and split the images, once for all stages."""
-        self._load()
-
-    @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return this process's shuffled, resumable training batches."""
-        return training_loader(
-            self, self._load()[0], batch_size=self.batch_size, num_workers=self.num_workers, seed=self.seed
-        )
-
-    @override
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Return the held-out images in a fixed order."""
-        return ordered_loader(self._load()[1], batch_size=self.batch_size, num_workers=self.num_workers)
-
-    @override
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return the held-out images: there is no third split."""
-        return self.val_dataloader()
+        super().__init__(batch_size, num_workers, seed, validation_share)
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the held-out images: there is no third split."""
         return self.val_dataloader()
 
-    def _load(self) -> tuple[TensorDataset, TensorDataset]:
-        if self._splits is None:
-            from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
+    @override
+    def _load_splits(self) -> tuple[TensorDataset, TensorDataset]:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
-            digits = load_digits()
-            images = torch.from_numpy(digits.images).to(torch.float32).div(16).unsqueeze(1)  # ink is 0..16
-            labels = torch.from_numpy(digits.target).to(torch.int64)
-            parts = train_test_split(
-                range(len(labels)), test_size=self.validation_share, stratify=digits.target, random_state=self.seed
-            )
-            train, validation = (torch.tensor(sorted(part)) for part in parts)
-            self._splits = (
-                TensorDataset(images[train], labels[train]),
-                TensorDataset(images[validation], labels[validation]),
-            )
-        return self._splits
+        digits = load_digits()
+        images = torch.from_numpy(digits.images).to(torch.float32).div(16).unsqueeze(1)  # ink is 0..16
+        labels = torch.from_numpy(digits.target).to(torch.int64)
+        parts = train_test_split(
+            range(len(labels)), test_size=self.validation_share, stratify=digits.target, random_state=self.seed
+        )
+        train, validation = (torch.tensor(sorted(part)) for part in parts)
+        return TensorDataset(images[train], labels[train]), TensorDataset(images[validation], labels[validation])

@@ -17,15 +17,13 @@ import fnmatch
 import os
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from typing_extensions import override
 
-from lightning_stable.data._resumable import check_settings, ordered_loader, training_loader
+from lightning_stable.data._resumable import SplitDataModule
 
 __all__ = ["ByteWindows", "TextDataModule"]
 
@@ -60,7 +58,7 @@ class ByteWindows(Dataset[dict[str, Tensor]]):
         return {"input_ids": window, "labels": window}
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(SplitDataModule):
     """Windows of bytes from text files, split by file, in a resumable training order.
 
     A batch is ``{"input_ids", "labels"}``, both int64 of shape (N, sequence_length) in 0..255 and equal, as causal
@@ -80,7 +78,7 @@ class TextDataModule(LightningDataModule):
         seed: Seed of the split and of the training order.
         validation_share: Share of the bytes held out, in (0, 1); whole files, so it is met within one file.
         max_bytes: Read at most so many bytes: shuffled files are taken as long as they fit. Default: everything, which
-            for the standard library takes well under a second.
+            for the standard library takes a second or two.
 
     Raises:
         ValueError: If a setting is out of range, the files are fewer than two, a part is shorter than one window, or
@@ -101,8 +99,7 @@ class TextDataModule(LightningDataModule):
         validation_share: float = 0.05,
         max_bytes: int | None = None,
     ) -> None:
-        super().__init__()
-        check_settings(batch_size, num_workers, validation_share)
+        super().__init__(batch_size, num_workers, seed, validation_share)
         if sequence_length < 2:
             raise ValueError(
                 f"sequence_length must be 2 or more bytes, one to read and one to predict, got {sequence_length!r}."
@@ -112,46 +109,16 @@ class TextDataModule(LightningDataModule):
         self.paths = [paths] if isinstance(paths, str | os.PathLike) else paths
         self.pattern = pattern
         self.sequence_length = sequence_length
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self.validation_share = validation_share
         self.max_bytes = max_bytes
         self.train_files: list[Path] = []
         self.validation_files: list[Path] = []
-        self._splits: tuple[ByteWindows, ByteWindows] | None = None
 
     @override
-    def setup(self, stage: str | None = None) -> None:
-        """Find, split and read the files, once for all stages. Sets ``train_files`` and ``validation_files``."""
-        self._load()
-
-    @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return this process's shuffled, resumable training batches."""
-        return training_loader(
-            self, self._load()[0], batch_size=self.batch_size, num_workers=self.num_workers, seed=self.seed
-        )
-
-    @override
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Return the held-out windows in a fixed order."""
-        return ordered_loader(self._load()[1], batch_size=self.batch_size, num_workers=self.num_workers)
-
-    @override
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return the held-out windows: there is no third split."""
-        return self.val_dataloader()
-
-    def _load(self) -> tuple[ByteWindows, ByteWindows]:
-        if self._splits is None:
-            files = self._choose(_find_files(self.paths, self.pattern))
-            self.validation_files, self.train_files = _split_files(files, self.validation_share)
-            self._splits = (
-                self._windows(self.train_files, "training"),
-                self._windows(self.validation_files, "validation"),
-            )
-        return self._splits
+    def _load_splits(self) -> tuple[ByteWindows, ByteWindows]:
+        """Find, split and read the files. Sets ``train_files`` and ``validation_files``."""
+        files = self._choose(_find_files(self.paths, self.pattern))
+        self.validation_files, self.train_files = _split_files(files, self.validation_share)
+        return self._windows(self.train_files, "training"), self._windows(self.validation_files, "validation")
 
     def _choose(self, files: list[Path]) -> list[tuple[Path, int]]:
         """Shuffle the files, and take them with their sizes as long as they fit into ``max_bytes``."""
