@@ -1,7 +1,10 @@
 """The documents: what they tell a reader to type exists, what they show as Python runs, what they generate is whole."""
 
+import doctest
+import importlib
 import itertools
 import json
+import pkgutil
 import re
 import runpy
 import shlex
@@ -40,6 +43,23 @@ def shell_lines(document):
 
 def commands(document):
     return [words[1:] for words in shell_lines(document) if words[0] == "lightning-stable"]
+
+
+# ----------------------------------------------------------------------------- docstrings
+
+
+@pytest.mark.parametrize(
+    "name", [m.name for m in pkgutil.walk_packages(lightning_stable.__path__, "lightning_stable.")]
+)
+def test_the_examples_in_docstrings_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_every_callback_shows_an_example():
+    for method in METHODS:
+        module = importlib.import_module(method.class_path.rpartition(".")[0])
+        assert ">>>" in (module.__doc__ or ""), f"{module.__name__} has no runnable example in its docstring"
 
 
 # ----------------------------------------------------------------------------- README

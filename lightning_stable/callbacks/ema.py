@@ -12,6 +12,7 @@ Example:
 """
 
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_stable.callbacks._averaging import AveragedWeights
 from lightning_stable.functional.ema import EMAState, check_decay, ema_decay, update_ema
@@ -78,8 +79,10 @@ class EMA(AveragedWeights):
         self.warmup = warmup
         self.every_n_steps = every_n_steps
 
+    @override
     def _due(self, previous_step: int, step: int) -> bool:
         return step // self.every_n_steps > previous_step // self.every_n_steps
 
+    @override
     def _average(self, shadow: list[Tensor], live: list[Tensor], names: list[str]) -> None:
         update_ema(EMAState(shadow, self._updates), live, self.decay, self.warmup)
