@@ -4,7 +4,12 @@ Callbacks, strategies, precision plugins and PEFT initialisers that attach to an
 :data:`lightning_stable.registry.METHODS` is importable from here; nothing heavy is imported until it is asked for.
 """
 
-from typing import Any
+from __future__ import annotations
+
+# typing.TYPE_CHECKING without importing typing, which would be most of the time this import takes.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 __version__ = "0.1.0"
 

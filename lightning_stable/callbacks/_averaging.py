@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_stable.callbacks._evaluate import LoggedValue, evaluate_validation
 from lightning_stable.callbacks._host import MethodWrap, refuse_company, run_first
+from lightning_stable.callbacks._settings import check_choice, parse_device, parse_floating_dtype
 from lightning_stable.callbacks._weights import WeightSwap, read_weights
 from lightning_stable.functional.ema import init_ema
 
@@ -45,13 +46,13 @@ class AveragedWeights(Callback, ABC):
     ) -> None:
         if isinstance(start_step, bool) or not isinstance(start_step, int) or start_step < 0:
             raise ValueError(f"start_step={start_step!r} is not a number of optimizer steps from 0 on.")
-        _check_choice("buffers", buffers, ("copy", "average"))
-        _check_choice("validate_with", validate_with, ("ema", "live", "both"))
-        _check_choice("finish_with", finish_with, ("ema", "live"))
+        check_choice("buffers", buffers, ("copy", "average"))
+        check_choice("validate_with", validate_with, ("ema", "live", "both"))
+        check_choice("finish_with", finish_with, ("ema", "live"))
         self.start_step = start_step
         self.buffers = buffers
-        self.device = None if device is None else torch.device(device)
-        self.dtype = _floating_dtype(dtype)
+        self.device = parse_device(device)
+        self.dtype = parse_floating_dtype(dtype)
         self.validate_with = validate_with
         self.finish_with = finish_with
 
@@ -65,6 +66,7 @@ class AveragedWeights(Callback, ABC):
         self._save_wrap: MethodWrap | None = None
         self._restored: dict[str, Any] | None = None
         self._live_values: dict[str, LoggedValue] = {}
+        self._validating = False
 
     # ------------------------------------------------------------------ what a subclass says
 
@@ -90,24 +92,23 @@ class AveragedWeights(Callback, ABC):
         others = (AveragedWeights, WeightAveraging, StochasticWeightAveraging)
         refuse_company(trainer, self, others, "each would validate and finish with its own average")
         run_first(trainer, self)
+        self._refuse_live_monitors(trainer)
         if self._module is None or self._module() is not pl_module:
             self.reset()
             self._module = weakref.ref(pl_module)
-        elif self._swap.active and self._shadow is not None:
-            # The last fit ended on the average: it is what the module holds, and training goes on from there.
-            values = self._swap.other_values()
-            self._shadow = dict(zip(self._shadow, init_ema(values, self.device, self.dtype).shadow, strict=True))
-            self._swap.release()
         self._restored = None
         self._undo_wrap()
         self._save_wrap = MethodWrap(pl_module, "on_save_checkpoint", self._save_validated_weights)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # The module was given the checkpoint's state_dict, which may be the average: training needs the live weights.
-        state = checkpoint["callbacks"].get(self.state_key, {})
-        if trainer.state.fn != TrainerFn.FITTING or "live" not in state:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
+        self.reset()  # what an earlier fit of this object left
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        if "live" not in state:
+            return
+        # The module was given the checkpoint's state_dict, which may be the average: training needs the live weights.
         present = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
         missing = sorted(state["live"].keys() - present.keys())
         if missing:
@@ -130,6 +131,11 @@ class AveragedWeights(Callback, ABC):
         if self._restored is not None:
             self._take_over(self._restored, pl_module)
             self._restored = None
+        elif self._shadow is not None:
+            # The fit before may have ended on the average: the module holds it, and training goes on from there.
+            values = self._swap.other_values() if self._swap.active else list(self._shadow.values())
+            self._swap.release()
+            self._place(dict(zip(self._shadow, values, strict=True)), pl_module)
         # What the shadow holds stays tracked, even if it no longer trains.
         held = self._shadow or {}
         self._parameters = {name: value for name, value in pl_module.named_parameters() if name in held}
@@ -164,10 +170,14 @@ class AveragedWeights(Callback, ABC):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or self._shadow is None or self.validate_with == "live":
             return
+        if self._swap.active:
+            # A sanity check before a further fit: the module is on the average that the last one ended with.
+            return
         if self.validate_with == "both":
             self._live_values = evaluate_validation(trainer, pl_module)
         _, live = self._live(pl_module)
         self._swap.swap_in(live, list(self._shadow.values()))
+        self._validating = True
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,8 +195,7 @@ class AveragedWeights(Callback, ABC):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._swap.swap_out()
+        self._end_validation()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -202,8 +211,14 @@ class AveragedWeights(Callback, ABC):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._live_values = {}
-        self._swap.swap_out()
+        self._end_validation()
         self._undo_wrap()
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Beside the wrap, for checkpoints that other callbacks save after an exception has taken the wrap off.
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.state.finished:
+            self._write_validated_weights(checkpoint)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -297,47 +312,72 @@ class AveragedWeights(Callback, ABC):
         self._updates = 0
 
     def _take_over(self, state: dict[str, Any], pl_module: LightningModule) -> None:
-        """Go on with the average of a checkpoint, on this run's device and in its precision."""
+        """Go on with the average of a checkpoint."""
         self._updates = state["updates"]
         if "shadow" not in state:
             rank_zero_info(f"{type(self).__name__}: the checkpoint was saved before the average began.")
             return
-        like = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
+        self._place(state["shadow"], pl_module)
+
+    def _place(self, shadow: dict[str, Tensor], pl_module: LightningModule) -> None:
+        """Continue an average with the parameters as they are now, on this run's device and in its precision."""
+        present = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
+        kept = {n: v for n, v in shadow.items() if n in present and present[n].shape == v.shape}
+        if len(kept) != len(shadow):
+            names = ", ".join(sorted(shadow.keys() - kept.keys()))
+            rank_zero_info(f"{type(self).__name__}: averages begin anew for what was replaced since: {names}")
         self._shadow = {
-            name: value.to(device=self.device or like[name].device, dtype=self.dtype or like[name].dtype, copy=True)
-            for name, value in state["shadow"].items()
+            name: value.detach().to(
+                device=self.device or present[name].device, dtype=self.dtype or present[name].dtype, copy=True
+            )
+            for name, value in kept.items()
         }
 
     def _save_validated_weights(self, original: Callable[..., None], checkpoint: dict[str, Any]) -> None:
-        """Let a checkpoint's ``state_dict`` be the weights that validation measures, whoever saves it."""
-        if self._shadow is not None and self.validate_with != "live":
-            values = self._swap.other_values() if self._swap.active else list(self._shadow.values())
-            shadow = dict(zip(self._shadow, values, strict=True))
-            weights = checkpoint["state_dict"]
-            for alias, name in self._aliases.items():
-                if alias in weights and name in shadow:
-                    weights[alias] = shadow[name].to(weights[alias].dtype)
+        """Stand in for the module's ``on_save_checkpoint``, which the host calls for weights-only checkpoints too."""
+        self._write_validated_weights(checkpoint)
         original(checkpoint)
+
+    def _write_validated_weights(self, checkpoint: dict[str, Any]) -> None:
+        """Let a checkpoint's ``state_dict`` be the weights that validation measures, whoever saves it."""
+        if self._shadow is None or (self.validate_with == "live" and not self._swap.active):
+            return
+        if self.validate_with == "live":
+            values = self._swap.live_values()
+        else:
+            values = self._swap.other_values() if self._swap.active else list(self._shadow.values())
+        validated = dict(zip(self._shadow, values, strict=True))
+        weights = checkpoint["state_dict"]
+        for alias, name in self._aliases.items():
+            if alias in weights and name in validated:
+                weights[alias] = validated[name].detach().to(weights[alias].dtype)
+
+    def _end_validation(self) -> None:
+        """Give the module its live weights back after a validation, and leave those that a fit ended with."""
+        if self._validating:
+            self._swap.swap_out()
+            self._validating = False
+
+    def _refuse_live_monitors(self, trainer: Trainer) -> None:
+        """Raise if a checkpoint would be chosen by the live weights and hold the average."""
+        for callback in trainer.checkpoint_callbacks:
+            monitor = getattr(callback, "monitor", None) or ""
+            if self.validate_with == "both" and monitor.partition("/")[0].endswith("_live"):
+                raise ValueError(
+                    f"{type(callback).__name__}(monitor={monitor!r}) would choose by the live weights and save the "
+                    f"average. Monitor {monitor.replace('_live', '', 1)!r}, or set {type(self).__name__}"
+                    "(validate_with='live')."
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what only means something in this process."""
+        return {**vars(self), "_module": None, "_save_wrap": None}
 
     def _undo_wrap(self) -> None:
         """Take the wrap off the module."""
         if self._save_wrap is not None:
             self._save_wrap.undo()
             self._save_wrap = None
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, allowed))}.")
-
-
-def _floating_dtype(name: str | None) -> torch.dtype | None:
-    """Return the dtype called ``name``."""
-    found = None if name is None else getattr(torch, name.removeprefix("torch."), None)
-    if name is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f"dtype={name!r} is not a floating-point dtype. Choose 'float32', 'bfloat16', 'float16' …")
-    return found
 
 
 def _floating_buffers(module: LightningModule) -> dict[str, Tensor]:

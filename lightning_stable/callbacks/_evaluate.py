@@ -1,15 +1,19 @@
 """Run the validation of a module inside training, once more, and keep what it logs to oneself."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_stable.callbacks._host import MethodWrap
@@ -36,9 +40,9 @@ class LoggedValue(NamedTuple):
 def evaluate_validation(trainer: Trainer, pl_module: LightningModule) -> dict[str, LoggedValue]:
     """Validate ``pl_module`` as it is now, and return what it logged instead of logging it.
 
-    Runs the module's own ``validation_step`` and validation epoch hooks over the Trainer's validation dataloaders,
-    without gradients, in eval mode, under the run's precision. Random state, train flags and the torchmetrics that the
-    module logs are afterwards as they were before a pass.
+    Runs the module's own ``validation_step`` and validation hooks over the Trainer's validation dataloaders, without
+    gradients, in eval mode, under the run's precision. Random state, train flags and the torchmetrics that the module
+    logs are afterwards as they were before a pass. Other callbacks' hooks do not run.
 
     Args:
         trainer: A Trainer in the middle of a fit.
@@ -47,23 +51,28 @@ def evaluate_validation(trainer: Trainer, pl_module: LightningModule) -> dict[st
     Returns:
         The logged values by name; with several dataloaders, with the host's ``/dataloader_idx_N`` suffix.
     """
-    loaders = CombinedLoader(trainer.val_dataloaders, "sequential")
-    loaders.limits = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-    several = len(loaders.flattened) > 1
+    loaders = _fresh_loaders(trainer)
+    several = len(loaders.flattened) > 1 and loaders._mode == "sequential"
     recorder = _Recorder(several)
     wrap = MethodWrap(pl_module, "log", recorder.log)
     try:
         with torch.no_grad(), isolate_rng(), _eval_mode(pl_module):
+            pl_module.on_validation_start()
             pl_module.on_validation_epoch_start()
             for batch, batch_idx, dataloader_idx in iter(loaders):
                 moved = _to_device(trainer, pl_module, batch, dataloader_idx)
                 recorder.position(moved, dataloader_idx)
-                trainer.strategy.validation_step(moved, batch_idx, *([dataloader_idx] if several else []))
+                _step(trainer, pl_module, moved, batch_idx, dataloader_idx if several else None)
             recorder.position(None, None)
             pl_module.on_validation_epoch_end()
-            return recorder.results()
+            found = recorder.results()
+            pl_module.on_validation_end()
+            return found
     finally:
+        recorder.reset_metrics()
         wrap.undo()
+        # What the module prepares for a validation, it has prepared again for the host's own.
+        pl_module.on_validation_start()
 
 
 class _Recorder:
@@ -96,9 +105,11 @@ class _Recorder:
         for name, metric in self._metrics.items():
             # torchmetrics has reduced over processes here: the mean of equal values is safe, and the host asks for one.
             found[name] = LoggedValue(metric.compute().detach(), 1, "mean", True)
+        return found
+
+    def reset_metrics(self) -> None:
         for metric in self._metrics.values():
             metric.reset()
-        return found
 
     def _reduced(self, name: str, pairs: list[tuple[Tensor, int]]) -> LoggedValue:
         reduce_fx, sync_dist = self._asked[name]
@@ -113,6 +124,35 @@ class _Recorder:
 
     def _batch_size(self) -> int:
         return 1 if self._batch is None else int(extract_batch_size(self._batch))
+
+
+def _fresh_loaders(trainer: Trainer) -> CombinedLoader:
+    """Return the Trainer's validation loaders with iterators of their own.
+
+    The host has begun to iterate over its loaders, and a loader with persistent workers has one iterator for all: a
+    copy without it leaves the host's alone. How loaders are combined is known to the host's private loop only.
+    """
+    combined = cast(Any, trainer).fit_loop.epoch_loop.val_loop._combined_loader
+
+    def fresh(loader: Any) -> Any:
+        if not isinstance(loader, DataLoader):
+            return loader
+        copied = copy.copy(loader)
+        copied._iterator = None
+        return copied
+
+    loaders = CombinedLoader(tree_map(fresh, combined.iterables), combined._mode)
+    loaders.limits = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+    return loaders
+
+
+def _step(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int | None) -> None:
+    """Run the module's validation step and its batch hooks, with the arguments that the host gives them."""
+    position = (batch_idx,) if dataloader_idx is None else (batch_idx, dataloader_idx)
+    takes_index = is_param_in_hook_signature(pl_module.validation_step, "batch_idx", min_args=2)
+    pl_module.on_validation_batch_start(batch, *position)
+    output = trainer.strategy.validation_step(batch, *(position if takes_index else position[1:]))
+    pl_module.on_validation_batch_end(output, batch, *position)
 
 
 def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any, dataloader_idx: int) -> Any:

@@ -104,6 +104,11 @@ class BalancedEMA(AveragedWeights):
         }
 
     @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._before, self._gradients = {}, {}
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -127,8 +132,8 @@ class BalancedEMA(AveragedWeights):
     @override
     def _take_over(self, state: dict[str, Any], pl_module: LightningModule) -> None:
         super()._take_over(state, pl_module)
-        device = dict(pl_module.named_parameters())
-        self._last_gradients = {name: value.to(device[name].device) for name, value in state["gradients"].items()}
+        present = dict(pl_module.named_parameters())
+        self._last_gradients = {name: value.to(present[name].device) for name, value in state["gradients"].items()}
 
     @override
     def _average(self, shadow: list[Tensor], live: list[Tensor], names: list[str]) -> None:
@@ -148,7 +153,8 @@ class BalancedEMA(AveragedWeights):
         """Return the gradients of the step before; not-a-number where there was none, which gives the fallback."""
         if not self._last_gradients:
             return None
+        pairs = [(self._last_gradients.get(name), tensor) for name, tensor in zip(names, live, strict=True)]
         return [
-            self._last_gradients[name] if name in self._last_gradients else torch.full_like(tensor, torch.nan)
-            for name, tensor in zip(names, live, strict=True)
+            old if old is not None and old.shape == tensor.shape else torch.full_like(tensor, torch.nan)
+            for old, tensor in pairs
         ]

@@ -11,26 +11,32 @@ Example:
 """
 
 import math
-import time
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_stable.callbacks._decay_request import OutsideRequest
 from lightning_stable.callbacks._host import run_last
-from lightning_stable.functional.wsd import Cycle, check_length, check_shape, plan_cycles, plan_multiplier
+from lightning_stable.functional.wsd import (
+    Cycle,
+    check_length,
+    check_shape,
+    cycle_at,
+    decay_length,
+    end_with_decay,
+    plan_cycles,
+    plan_multiplier,
+    set_rate,
+)
 
 __all__ = ["WarmupStableDecay"]
 
-# The measured step time is taken this much longer, so that a decay that has to end at max_time ends before it.
-_TIME_MARGIN = 1.1
 _PHASES = {"warmup": 0.0, "stable": 1.0, "decay": 2.0}
 
 
@@ -51,7 +57,8 @@ class WarmupStableDecay(Callback):
     that was asked for ends the fit when it is over, also where an end was known.
 
     On resume the present settings win and the step count is kept, so the same checkpoint can be given another
-    horizon, length or shape: a branch of WSD.
+    horizon, length or shape: a branch of WSD. A decay that was asked for goes on where it was, unless the schedule is
+    another one now or a new decay is asked for. At the end of ``total_steps`` the fit ends.
 
     Args:
         warmup: Length of the warmup: optimizer steps (int), or a share of the run or first cycle (float in [0, 1)).
@@ -83,6 +90,8 @@ class WarmupStableDecay(Callback):
         check_shape(shape, min_ratio)
         check_length("warmup", warmup)
         check_length("decay", decay)
+        if decay_on is not None and not isinstance(decay_on, str):
+            raise ValueError(f"decay_on={decay_on!r} is not the path of a file.")
         if budgets is not None or total_steps is not None:
             # Tells at once what does not fit; where the end of the run is not known yet, the first fit tells the rest.
             plan_cycles(total_steps, warmup if budgets or total_steps else 0, decay, budgets)
@@ -98,11 +107,12 @@ class WarmupStableDecay(Callback):
         self.decay_on = decay_on
 
         self._cycles: tuple[Cycle, ...] = ()
+        self._ending: tuple[Cycle, ...] | None = None
         self._peaks: list[list[float]] = []
-        self._asked: list[int | None] | None = None
-        self._decay_span: tuple[int, int] | None = None
-        self._clock: tuple[float, int] | None = None
         self._last_step = 0
+        self._user_request: list[int | None] | None = None
+        self._outside = OutsideRequest(decay, decay_on)
+        self._restored: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------ for users
 
@@ -111,16 +121,19 @@ class WarmupStableDecay(Callback):
 
         Called before a fit it takes effect at its first step, so that a stable-phase checkpoint gives a finished
         model. During a warmup the decay waits for its end; if a decay is under way already, the fit ends with that.
+        With several processes, call it on all of them at the same step: nothing is exchanged.
 
         Args:
             steps: Length in optimizer steps; ``None`` for the callback's ``decay``.
 
         Raises:
-            ValueError: If ``steps`` is not a positive number.
+            ValueError: If ``steps`` is not a positive number, or not given with ``decay=0``.
         """
+        if steps is None and self.decay == 0:
+            raise ValueError("decay_now() has no length with decay=0: give it one, as in decay_now(steps=100).")
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ValueError(f"steps={steps!r} is not a positive number of optimizer steps.")
-        self._asked = [steps]
+        self._user_request = [steps]
 
     def multiplier(self, step: int) -> float:
         """Return the factor on the peak rates at optimizer step ``step`` of the present fit."""
@@ -128,7 +141,7 @@ class WarmupStableDecay(Callback):
 
     def phase(self, step: int) -> str:
         """Return ``"warmup"``, ``"stable"`` or ``"decay"``: the phase of optimizer step ``step`` of the present fit."""
-        cycle = self._cycle_at(step)
+        cycle = cycle_at(step, self._plan())
         if step < cycle.warmup_end:
             return "warmup"
         return "stable" if cycle.decay_start is None or step < cycle.decay_start else "decay"
@@ -141,14 +154,14 @@ class WarmupStableDecay(Callback):
             return
         # After the others: a checkpoint at a budget holds their state of that step.
         run_last(trainer, self)
-        self._decay_span = None
+        # What the user asked for before this fit stays.
+        self._restored, self._cycles, self._ending = None, (), None
+        self._outside.begin()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # A decay_now() of before this fit wins over what the checkpoint was doing.
-        if self._asked is None:
-            self._asked = state_dict["asked"]
-            self._decay_span = state_dict["decay_span"] and (state_dict["decay_span"][0], state_dict["decay_span"][1])
+        # Taken over when training starts: the host loads a state for validation and testing too.
+        self._restored = state_dict
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -169,8 +182,13 @@ class WarmupStableDecay(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._clock = None
         self._last_step = trainer.global_step
+        if self.total_steps is not None and trainer.global_step >= self.total_steps:
+            raise ValueError(
+                f"The checkpoint is at optimizer step {trainer.global_step}, and total_steps={self.total_steps} is not "
+                "beyond it: there is nothing left to train. Give a larger total_steps."
+            )
+        self._take_over()
         self._take_request(trainer)
         self._set_rates(trainer)
 
@@ -191,14 +209,14 @@ class WarmupStableDecay(Callback):
         if step == previous:
             return
         self._last_step = step
-        if self._clock is None:
-            # From the end of the first step on: the first one pays for start-up.
-            self._clock = (time.monotonic(), step)
+        self._outside.note_step(step)
         if self.budgets and self.save_at_budgets:
             self._save_budgets(trainer, previous, step)
         self._take_request(trainer)
-        if self._decay_span is not None and step >= self._decay_span[1]:
-            rank_zero_info(f"WarmupStableDecay: the decay is over at optimizer step {step}; the fit ends.")
+        end = self._plan()[-1].end
+        if end is not None and step >= end and (self._ending is not None or self.total_steps is not None):
+            # Where the Trainer knows the end it stops by itself.
+            rank_zero_info(f"WarmupStableDecay: the schedule is over at optimizer step {step}; the fit ends.")
             trainer.should_stop = True
         # Now, for the next step: whatever logs the rate at its start sees the one that it uses.
         self._set_rates(trainer)
@@ -215,19 +233,30 @@ class WarmupStableDecay(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore_peaks(trainer)
+        self._end_fit(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._restore_peaks(trainer)
-            self._asked = None
+            self._end_fit(trainer)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"asked": self._asked, "decay_span": None if self._decay_span is None else list(self._decay_span)}
+        return {
+            "planned": [list(cycle) for cycle in self._cycles],
+            "ending": None if self._ending is None else [list(cycle) for cycle in self._ending],
+            "request": self._user_request,
+        }
 
     # ------------------------------------------------------------------ helpers
+
+    def _end_fit(self, trainer: Trainer) -> None:
+        """Leave the optimizer with the rates it came with, for a fit that uses it again, and no request."""
+        for peaks, optimizer in zip(self._peaks, trainer.optimizers, strict=False):
+            for peak, group in zip(peaks, optimizer.param_groups, strict=False):
+                set_rate(group, peak)
+        self._peaks = []
+        self._user_request = None
 
     def _fitted_plan(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Cycle, ...]:
         """Lay out the cycles for this Trainer."""
@@ -242,80 +271,72 @@ class WarmupStableDecay(Callback):
 
     def _steps_of_run(self, trainer: Trainer, pl_module: LightningModule) -> int | None:
         """Return the optimizer steps the Trainer will take, ``None`` if it does not know."""
-        if self.total_steps is None and not pl_module.automatic_optimization and trainer.max_steps == -1:
-            raise ValueError(
-                "WarmupStableDecay does not know how many optimizer steps a run under manual optimisation takes. "
-                "Give total_steps, or max_steps to the Trainer."
-            )
-        try:
+        why = None
+        if not pl_module.automatic_optimization and (trainer.max_steps == -1 or trainer.max_epochs != -1):
+            why = "under manual optimisation a batch may take any number of optimizer steps"
+        for callback in cast(Any, trainer).callbacks:
+            if isinstance(callback, GradientAccumulationScheduler) and len(set(callback.scheduling.values())) > 1:
+                why = "GradientAccumulationScheduler changes the number of batches to an optimizer step"
+        if why is None:
             steps = trainer.estimated_stepping_batches
-        except MisconfigurationException as error:
-            if self.total_steps is not None:
-                return None
-            raise ValueError(f"WarmupStableDecay needs total_steps here: {error}") from error
-        return int(steps) if math.isfinite(steps) and steps > 0 else None
+            return int(steps) if math.isfinite(steps) and steps > 0 else None
+        if self.total_steps is None:
+            raise ValueError(
+                f"WarmupStableDecay does not know how many optimizer steps this run takes: {why}. Give total_steps, "
+                "or, under manual optimisation, max_steps without max_epochs."
+            )
+        return None
 
     def _plan(self) -> tuple[Cycle, ...]:
-        """Return the cycles, the present one ended by the decay that was asked for."""
+        """Return the cycles, the last one ended by the decay that was asked for."""
         if not self._cycles:
             raise RuntimeError("WarmupStableDecay knows its schedule from the start of a fit on; it was asked before.")
-        if self._decay_span is None:
-            return self._cycles
-        start, end = self._decay_span
-        kept = [cycle for cycle in self._cycles if cycle.end is not None and cycle.end <= start]
-        current = self._cycles[min(len(kept), len(self._cycles) - 1)]
-        return (*kept, Cycle(current.start, current.warmup_end, start, end))
+        return self._cycles if self._ending is None else self._ending
 
-    def _cycle_at(self, step: int) -> Cycle:
-        plan = self._plan()
-        return next((cycle for cycle in plan if cycle.end is None or step < cycle.end), plan[-1])
+    def _take_over(self) -> None:
+        """Go on with the decay that was asked for before the checkpoint; new settings, or a new request, win."""
+        state, self._restored = self._restored, None
+        if state is None or self._user_request is not None:
+            return
+        if state["ending"] is None:
+            self._user_request = state["request"]
+            return
+        ending = tuple(Cycle(*cycle) for cycle in state["ending"])
+        if state["planned"] == [list(cycle) for cycle in self._cycles] and self._last_step < cast(int, ending[-1].end):
+            self._ending = ending
+        else:
+            rank_zero_info(
+                "WarmupStableDecay: the decay asked for before the checkpoint is over, or the settings are new."
+            )
 
     def _take_request(self, trainer: Trainer) -> None:
-        """Begin the decay that was asked for, if one was."""
-        if self._decay_span is not None:
-            return
-        if self._asked is None and self._is_asked_from_outside(trainer):
-            self._asked = [None]
-        if self._asked is None:
+        """End the plan with a decay, if one was asked for."""
+        if self._ending is not None:
             return
         step = trainer.global_step
-        cycle = self._cycle_at(step)
-        if cycle.decay_start is not None and cycle.end is not None and step >= cycle.decay_start:
-            self._decay_span = (cycle.decay_start, cycle.end)
-        else:
-            start = max(step, cycle.warmup_end)
-            end = start + (self._asked[0] or self._decay_steps(start))
-            last = self._cycles[-1].end
-            self._decay_span = (start, end if last is None else min(end, last))
+        start = max(step, cycle_at(step, self._cycles).warmup_end)
+        length = self._outside.length(trainer, step, start)
+        if self._user_request is not None:
+            length = self._user_request[0] or decay_length(self.decay, start)
+        if length is None:
+            return
+        self._ending = end_with_decay(self._cycles, step, length)
         rank_zero_info(
-            f"WarmupStableDecay: a decay was asked for; it takes optimizer steps {self._decay_span[0]} to "
-            f"{self._decay_span[1]}, then the fit ends."
+            f"WarmupStableDecay: a decay was asked for; it takes optimizer steps {self._ending[-1].decay_start} to "
+            f"{self._ending[-1].end}, then the fit ends."
         )
-
-    def _decay_steps(self, start: int) -> int:
-        """Return the length of a decay that begins at ``start``; a share is of all steps when it is over."""
-        if isinstance(self.decay, int):
-            return max(self.decay, 1)
-        return max(math.floor(start * self.decay / (1 - self.decay) + 1e-9), 1)
-
-    def _is_asked_from_outside(self, trainer: Trainer) -> bool:
-        """Tell whether the file is there or the time is short, as the first process sees it."""
-        timers = [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, Timer)]
-        if self.decay_on is None and not timers:
-            return False
-        asked = self.decay_on is not None and Path(self.decay_on).exists()
-        remaining = min((left for timer in timers if (left := timer.time_remaining()) is not None), default=None)
-        if remaining is not None and self._clock is not None and self._last_step > self._clock[1]:
-            pace = (time.monotonic() - self._clock[0]) / (self._last_step - self._clock[1])
-            needed = pace * _TIME_MARGIN * (self._decay_steps(trainer.global_step) + 1)
-            asked = asked or remaining <= needed
-        return asked if trainer.world_size == 1 else bool(trainer.strategy.broadcast(asked))
 
     def _save_budgets(self, trainer: Trainer, previous: int, step: int) -> None:
         """Save a checkpoint for each budget that was reached after step ``previous``, by ``step``."""
         for cycle in self._plan():
             if cycle.end is not None and previous < cycle.end <= step and not _is_fast_dev_run(trainer):
-                trainer.save_checkpoint(_checkpoint_directory(trainer) / f"budget-{cycle.end}.ckpt", weights_only=False)
+                if cycle.end != step:
+                    rank_zero_warn(
+                        f"Budget {cycle.end} fell within a batch of {step - previous} optimizer steps: its checkpoint "
+                        f"is of step {step}. Choose budgets that are multiples of the steps in a batch."
+                    )
+                name = f"budget-{cycle.end}.ckpt"
+                trainer.save_checkpoint(os.path.join(_checkpoint_directory(trainer), name), weights_only=False)  # noqa: PTH118
 
     def _set_rates(self, trainer: Trainer) -> None:
         """Set each group's rate for the present optimizer step."""
@@ -325,22 +346,7 @@ class WarmupStableDecay(Callback):
             # Groups that joined in training, such as unfrozen layers, come with their peak.
             peaks.extend(float(group["lr"]) for group in groups[len(peaks) :])
             for peak, group in zip(peaks, groups, strict=True):
-                _write_rate(group, peak * factor)
-
-    def _restore_peaks(self, trainer: Trainer) -> None:
-        """Leave the optimizer with the rates it came with, for a fit that uses it again."""
-        for peaks, optimizer in zip(self._peaks, trainer.optimizers, strict=False):
-            for peak, group in zip(peaks, optimizer.param_groups, strict=False):
-                _write_rate(group, peak)
-        self._peaks = []
-
-
-def _write_rate(group: dict[str, Any], rate: float) -> None:
-    """Set a group's learning rate, in place where it is a tensor that compiled steps read."""
-    if isinstance(group["lr"], torch.Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
+                set_rate(group, peak * factor)
 
 
 def _is_fast_dev_run(trainer: Trainer) -> bool:
@@ -348,7 +354,10 @@ def _is_fast_dev_run(trainer: Trainer) -> bool:
     return bool(cast(Any, trainer).fast_dev_run)
 
 
-def _checkpoint_directory(trainer: Trainer) -> Path:
-    """Return where the run's checkpoints go: beside ModelCheckpoint's, else in the logger's or the root directory."""
+def _checkpoint_directory(trainer: Trainer) -> str:
+    """Return where the run's checkpoints go: beside ModelCheckpoint's, else in the logger's or the root directory.
+
+    A string, since it may be the URL of a remote file system.
+    """
     directory = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return Path(directory) if directory else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+    return str(directory or os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints"))  # noqa: PTH118

@@ -40,9 +40,13 @@ __all__ = [
     "WarmupStableDecayLR",
     "check_length",
     "check_shape",
+    "cycle_at",
+    "decay_length",
     "decay_multiplier",
+    "end_with_decay",
     "plan_cycles",
     "plan_multiplier",
+    "set_rate",
     "wsd_multiplier",
 ]
 
@@ -67,6 +71,9 @@ class Cycle(NamedTuple):
 
 def check_shape(shape: str, min_ratio: float) -> None:
     """Raise ``ValueError`` unless ``shape`` is one of :data:`SHAPES` and ``min_ratio`` a floor it can reach."""
+    if isinstance(min_ratio, bool) or not isinstance(min_ratio, (int, float)):
+        message = f"min_ratio={min_ratio!r} is not a number: it is the floor as a share of the peak rate, in [0, 1]."
+        raise ValueError(message)  # noqa: TRY004  one error class for every setting out of range
     if shape not in SHAPES:
         raise ValueError(f"shape={shape!r} is unknown. Choose one of {', '.join(map(repr, SHAPES))}.")
     if not 0 <= min_ratio <= 1:
@@ -149,12 +156,58 @@ def plan_cycles(
 
 def plan_multiplier(step: int, cycles: Sequence[Cycle], shape: str, min_ratio: float) -> float:
     """Return the factor on the peak learning rate for optimizer step ``step`` of a plan."""
-    cycle = next((cycle for cycle in cycles if cycle.end is None or step < cycle.end), cycles[-1])
+    cycle = cycle_at(step, cycles)
     if step < cycle.warmup_end:
         return (step - cycle.start) / (cycle.warmup_end - cycle.start)
     if cycle.end is None or cycle.decay_start is None or step < cycle.decay_start or cycle.decay_start == cycle.end:
         return 1.0
     return decay_multiplier((step - cycle.decay_start) / (cycle.end - cycle.decay_start), shape, min_ratio)
+
+
+def cycle_at(step: int, cycles: Sequence[Cycle]) -> Cycle:
+    """Return the cycle of optimizer step ``step``, the last one after the end."""
+    return next((cycle for cycle in cycles if cycle.end is None or step < cycle.end), cycles[-1])
+
+
+def decay_length(decay: float, start: int) -> int:
+    """Return the length in optimizer steps, at least 1, of a decay that was not planned and begins at ``start``.
+
+    A share is of all steps when the decay is over: :math:`d` of them for :math:`D = s d / (1 - d)` after :math:`s`.
+    """
+    if isinstance(decay, int):
+        return max(decay, 1)
+    return max(math.floor(start * decay / (1 - decay) + 1e-9), 1)
+
+
+def end_with_decay(cycles: Sequence[Cycle], step: int, length: int) -> tuple[Cycle, ...]:
+    """Return the plan that ends as soon as it can with a decay, asked for at optimizer step ``step``.
+
+    During a warmup the decay waits for its end. A decay that is under way is kept, whatever the length. A known end
+    of the plan is not moved back.
+
+    Args:
+        cycles: The plan so far.
+        step: The next optimizer step.
+        length: Optimizer steps that the decay takes.
+    """
+    kept = [cycle for cycle in cycles if cycle.end is not None and cycle.end <= step]
+    if len(kept) == len(cycles):
+        return tuple(cycles)
+    current = cycles[len(kept)]
+    if current.decay_start is not None and step >= current.decay_start:
+        return (*kept, current)
+    start = max(step, current.warmup_end)
+    last = cycles[-1].end
+    end = start + length if last is None else min(start + length, last)
+    return (*kept, Cycle(current.start, current.warmup_end, start, end))
+
+
+def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
+    """Set a parameter group's learning rate, in place where it is a tensor that compiled steps read."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def wsd_multiplier(
@@ -232,13 +285,17 @@ class WarmupStableDecayLR(LRScheduler):
         self.last_epoch = int(state_dict["last_epoch"])
         self._last_lr = self.get_lr()
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = rate
+            set_rate(group, rate)
 
 
 def _checked_budgets(budgets: Sequence[int] | None, total_steps: int | None) -> list[int]:
     """Return the budgets as a list, after checking them against each other and the end of the run."""
-    if total_steps is not None and (isinstance(total_steps, bool) or total_steps < 1):
-        raise ValueError(f"total_steps={total_steps!r} is not a positive number of optimizer steps.")
+    if total_steps is not None and (
+        isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
+    ):
+        raise ValueError(f"total_steps={total_steps!r} is not a positive number of optimizer steps (int).")
+    if budgets is not None and not isinstance(budgets, Sequence):
+        raise ValueError(f"budgets={budgets!r} is not a list of step counts, such as [1000, 2000].")
     values = list(budgets or ())
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -1,4 +1,4 @@
-"""EMA in a Trainer: what validation measures, what checkpoints hold, several fits, and the faults it does not share."""
+"""EMA in a Trainer: precision, buffers, what it refuses, and the faults of the host's own average."""
 
 import copy
 from pathlib import Path
@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import DictNet, Net, SaveAt, Stream, TwoOptimizerNet, assert_same, fit
+from contract.harness import DictNet, Net, Stream, TwoOptimizerNet, assert_same, fit
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from oracles.averaging_twin import ema
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from lightning_stable.callbacks import EMA
 
@@ -46,215 +45,6 @@ def loss_of(weights: dict[str, Tensor], buffers: nn.Module) -> float:
     module.eval()
     with torch.no_grad():
         return float(sum(module.loss(validation().batch(index)) for index in range(2)) / 2)
-
-
-# ------------------------------------------------------------------ what validation measures
-
-
-def test_both_sets_are_validated_and_named() -> None:
-    run = fit([EMA(0.5, validate_with="both")], validation=validation(), max_steps=6)
-    logged = next(entry for _, entry in run.logged if "val_loss" in entry)
-    history = [run.steps[0].before, *(step.weights for step in run.steps)]
-    averaged = ema([flat(weights) for weights in history], 0.5)
-    shapes = run.steps[0].before
-    twin = {name: torch.tensor(value).reshape(shapes[name].shape) for name, value in zip(shapes, averaged, strict=True)}
-    assert logged["val_loss"] == pytest.approx(loss_of(twin, run.module), rel=1e-4)
-    assert logged["val_loss_live"] == pytest.approx(loss_of(run.steps[-1].weights, run.module), rel=1e-5)
-    assert logged["val_loss"] != pytest.approx(logged["val_loss_live"], rel=1e-3)
-    assert "val_loss_live" in run.trainer.callback_metrics
-
-
-def test_live_validation_logs_the_live_weights_only() -> None:
-    run = fit([EMA(0.5, validate_with="live", finish_with="live")], validation=validation(), max_steps=6)
-    assert not [name for _, entry in run.logged for name in entry if name.endswith("_live")]
-    assert_same(parameters(run.module), run.steps[-1].weights, "live finish")
-
-
-class Elaborate(Net):
-    """Logs a metric object, a sum, values of an epoch hook, and over two dataloaders."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mean = MeanMetric()
-        self.outputs: list[Tensor] = []
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        loss = self.loss(batch)
-        self.outputs.append(loss)
-        self.mean.update(loss)
-        self.log_dict({"plain": loss}, batch_size=len(batch[0]))
-        self.log("total", loss, reduce_fx="sum", batch_size=len(batch[0]))
-        assert not self.training
-
-    def on_validation_epoch_end(self) -> None:
-        self.log("metric", self.mean)
-        self.log("from_hook", torch.stack(self.outputs).mean())
-        self.count = len(self.outputs)
-        self.outputs.clear()
-
-
-def test_both_works_for_metric_objects_epoch_hooks_and_several_dataloaders() -> None:
-    run = fit(
-        [EMA(0.5, validate_with="both")],
-        module=Elaborate(),
-        validation=[validation(), Stream(3, seed=6)],
-        max_steps=6,
-    )
-    logged = {name: value for _, entry in run.logged for name, value in entry.items()}
-    names = ("metric", "from_hook", "plain/dataloader_idx_0", "plain/dataloader_idx_1", "total/dataloader_idx_0")
-    for name in names:
-        base, mark, index = name.partition("/")
-        assert f"{base}_live{mark}{index}" in logged, sorted(logged)
-    assert run.module.count == 5
-    assert logged["metric_live"] == pytest.approx(logged["from_hook_live"], rel=1e-5)
-    assert logged["total_live/dataloader_idx_0"] == pytest.approx(2 * logged["plain_live/dataloader_idx_0"], rel=1e-5)
-    live_only = fit(
-        [EMA(0.5, validate_with="live", finish_with="live")],
-        module=Elaborate(),
-        validation=[validation(), Stream(3, seed=6)],
-        max_steps=6,
-    )
-    plain = {name: value for _, entry in live_only.logged for name, value in entry.items()}
-    for name in names:
-        base, mark, index = name.partition("/")
-        assert logged[f"{base}_live{mark}{index}"] == pytest.approx(plain[name], rel=1e-5), name
-
-
-def test_validation_does_not_move_training() -> None:
-    def run(plugins: list[Any]) -> Any:
-        torch.manual_seed(0)
-        module = Net(dropout=0.5)
-        return fit(plugins, module=module, validation=validation(), max_steps=9, val_check_interval=2)
-
-    plain = run([])
-    with_both = run([EMA(0.5, validate_with="both", finish_with="live")])
-    assert_same(with_both.module.state_dict(), plain.module.state_dict(), "validating both sets")
-
-
-# ------------------------------------------------------------------ checkpoints
-
-
-@pytest.mark.parametrize("weights_only", [False, True])
-@pytest.mark.parametrize("validate_with", ["ema", "live", "both"])
-def test_a_monitored_checkpoint_holds_the_weights_it_was_monitored_by(
-    tmp_path: Path, validate_with: str, weights_only: bool
-) -> None:
-    saving = ModelCheckpoint(tmp_path / "best", monitor="val_loss", save_weights_only=weights_only)
-    run = fit(
-        [saving, EMA(0.6, validate_with=validate_with)],
-        validation=validation(),
-        max_steps=11,
-        val_check_interval=3,
-        enable_checkpointing=True,
-    )
-    weights = torch.load(saving.best_model_path, weights_only=True)["state_dict"]
-    names = parameters(run.module)
-    module = Net()
-    module.load_state_dict(weights)
-    assert loss_of({name: weights[name] for name in names}, module) == pytest.approx(
-        float(saving.best_model_score), rel=1e-5
-    )
-
-
-def test_both_sets_load_into_a_plain_module(tmp_path: Path) -> None:
-    path = tmp_path / "cut.ckpt"
-    run = fit([EMA(0.5), SaveAt(5, str(path))], validation=validation(), max_steps=8)
-    head = nn.Linear(8, 1)
-    EMA.load_weights(path, "live", into=head, prefix="head.")
-    assert torch.equal(head.weight, run.steps[4].weights["head.weight"])
-    averaged = EMA.load_weights(path, "ema", into=Net())
-    history = [run.steps[0].before, *(step.weights for step in run.steps[:5])]
-    assert_average({name: averaged[name] for name in history[0]}, history, 0.5)
-    with pytest.raises(ValueError, match="which='raw' is unknown"):
-        EMA.load_weights(path, "raw")
-    with pytest.raises(ValueError, match=r"prefix='body\.9' fits no weight"):
-        EMA.load_weights(path, "ema", prefix="body.9")
-
-
-def test_a_checkpoint_without_an_average_says_so(tmp_path: Path) -> None:
-    path = tmp_path / "plain.ckpt"
-    fit([SaveAt(2, str(path))], max_steps=3, limit_val_batches=0)
-    with pytest.raises(ValueError, match="holds no averaged weights"):
-        EMA.load_weights(path)
-
-
-def test_a_checkpoint_holds_the_average_once(tmp_path: Path) -> None:
-    class Wide(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body.insert(4, nn.Linear(8, 8))
-            self.wide = nn.Linear(500, 500)
-
-        def loss(self, batch: Any) -> Tensor:
-            return super().loss(batch) + self.wide.weight.square().mean()
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    sizes = []
-    for plugins in ([], [EMA(0.5)]):
-        path = tmp_path / f"{len(plugins)}.ckpt"
-        fit([*plugins, SaveAt(2, str(path))], module=Wide(), max_steps=3, limit_val_batches=0)
-        sizes.append(path.stat().st_size)
-    # Weights alone against live and averaged weights; the state_dict shares the memory of the average.
-    assert 1.9 < sizes[1] / sizes[0] < 2.1
-
-
-def test_saving_after_the_fit_keeps_both_sets(tmp_path: Path) -> None:
-    for finish in ("ema", "live"):
-        run = fit([EMA(0.5, finish_with=finish)], validation=validation(), max_steps=6)
-        run.trainer.save_checkpoint(tmp_path / "end.ckpt")
-        live = EMA.load_weights(tmp_path / "end.ckpt", "live")
-        assert_same({name: live[name] for name in run.steps[-1].weights}, run.steps[-1].weights, f"live, {finish}")
-        averaged = EMA.load_weights(tmp_path / "end.ckpt", "ema")
-        history = [run.steps[0].before, *(step.weights for step in run.steps)]
-        assert_average({name: averaged[name] for name in history[0]}, history, 0.5)
-
-
-def test_tied_weights_are_averaged_once_and_saved_under_both_names(tmp_path: Path) -> None:
-    class Tied(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.twin = nn.Linear(8, 1)
-            self.twin.weight = self.head.weight
-
-    path = tmp_path / "tied.ckpt"
-    fit([EMA(0.5), SaveAt(3, str(path))], module=Tied(), validation=validation(), max_steps=4)
-    for which in ("ema", "live"):
-        weights = EMA.load_weights(path, which, into=Tied())
-        assert torch.equal(weights["twin.weight"], weights["head.weight"])
-    state = torch.load(path, weights_only=True)["state_dict"]
-    assert torch.equal(state["twin.weight"], EMA.load_weights(path, "ema")["head.weight"])
-
-
-def test_resume_before_the_average_began(tmp_path: Path) -> None:
-    path = str(tmp_path / "cut.ckpt")
-
-    def run(**settings: Any) -> Any:
-        extra = [] if settings else [SaveAt(4, path)]
-        return fit([EMA(0.5, start_step=6), *extra], validation=validation(), max_steps=12, **settings)
-
-    straight, resumed = run(), run(ckpt_path=path)
-    assert_same(resumed.module.state_dict(), straight.module.state_dict(), "resumed before the start step")
-    history = [step.weights for step in straight.steps[5:]]
-    assert_average(parameters(straight.module), history, 0.5)
-
-
-def test_resuming_another_module_is_a_clear_error(tmp_path: Path) -> None:
-    class Fewer(Net):
-        strict_loading = False
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(8, 1, bias=False)
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    path = str(tmp_path / "cut.ckpt")
-    fit([EMA(0.5), SaveAt(4, path)], max_steps=5, limit_val_batches=0)
-    with pytest.raises(ValueError, match=r"this module does not have, the first is 'head.bias' of 1"):
-        fit([EMA(0.5)], module=Fewer(), max_steps=8, ckpt_path=path, limit_val_batches=0)
 
 
 # ------------------------------------------------------------------ precision, device, buffers
@@ -314,34 +104,6 @@ def test_parameters_that_begin_to_train_join() -> None:
     run = fit([Unfreezes(), EMA(0.5)], module=module, validation=validation(), max_steps=12)
     history = [run.steps[0].before, *(step.weights for step in run.steps)]
     assert_average(parameters(run.module), history, 0.5)
-
-
-# ------------------------------------------------------------------ several fits
-
-
-def test_the_average_goes_on_over_the_tasks_of_a_stream() -> None:
-    callback, module = EMA(0.9, finish_with="live"), Net()
-    for task in range(2):
-        fit([callback], module=module, train=Stream(seed=task), validation=validation(), max_steps=6)
-    history = [module.steps[0].before, *(step.weights for step in module.steps)]
-    assert_same(parameters(module), module.steps[-1].weights, "live weights at the end")
-    assert_average(callback.state_dict()["shadow"], history, 0.9)
-    assert callback.updates == 12
-
-    callback.reset()
-    fit([callback], module=module, train=Stream(seed=2), validation=validation(), max_steps=6)
-    assert_average(
-        callback.state_dict()["shadow"], [module.steps[11].weights, *(s.weights for s in module.steps[12:])], 0.9
-    )
-
-
-def test_a_fit_that_ended_on_the_average_goes_on_from_it() -> None:
-    callback, module = EMA(0.9), Net()
-    fit([callback], module=module, validation=validation(), max_steps=6)
-    end = parameters(module)
-    fit([callback], module=module, validation=validation(), max_steps=6)
-    assert_same(module.steps[6].before, end, "the second fit begins where the first ended")
-    assert_average(parameters(module), [end, *(step.weights for step in module.steps[6:])], 0.9)
 
 
 # ------------------------------------------------------------------ the host's own average, and what ours does instead

@@ -1,0 +1,27 @@
+"""Settings that callbacks take as strings, so that YAML can say them: checked, and turned into what torch takes."""
+
+import torch
+
+__all__ = ["check_choice", "parse_device", "parse_floating_dtype"]
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, allowed))}.")
+
+
+def parse_device(name: str | None) -> torch.device | None:
+    """Return the device called ``name``."""
+    try:
+        return None if name is None else torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={name!r} is not a device of torch. Give 'cpu', 'cuda', 'cuda:1' …") from error
+
+
+def parse_floating_dtype(name: str | None) -> torch.dtype | None:
+    """Return the dtype called ``name``."""
+    found = None if name is None else getattr(torch, str(name).removeprefix("torch."), None)
+    if name is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype={name!r} is not a floating-point dtype. Choose 'float32', 'bfloat16', 'float16' …")
+    return found
