@@ -123,3 +123,10 @@ def test_the_quickstart_runs_from_the_wheel_in_an_empty_directory(command, tmp_p
     folder = tmp_path / "runs/quickstart/version_0"
     assert {"config.yaml", "metrics.csv", "checkpoints"} <= {path.name for path in folder.iterdir()}
     assert {path.name for path in folder.glob("checkpoints/budget-*")} == {f"budget-{b}.ckpt" for b in (1, 2, 4)}
+
+
+def test_the_language_model_runs_from_the_wheel_in_an_empty_directory(command, tmp_path):
+    small = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.accelerator", "cpu"]
+    out = command("run", "lm_pretrain", *small)
+    assert "runs/lm_pretrain/version_0" in out
+    assert (tmp_path / "runs/lm_pretrain/version_0/checkpoints/last.ckpt").is_file()

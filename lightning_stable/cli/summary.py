@@ -63,25 +63,21 @@ def validation_metrics(metrics: Metrics) -> list[str]:
     return [column for name in names for column in (name, name + LIVE) if column in metrics]
 
 
-def budget_rows(metrics: Metrics, budgets: list[int], folders: list[Path]) -> list[BudgetRow]:
+def budget_rows(metrics: Metrics, budgets: list[int], folders: list[Path], late: int = 0) -> list[BudgetRow]:
     """Collect what was measured at each budget.
 
     Args:
         metrics: The run's log.
         budgets: Step counts, increasing.
         folders: Where checkpoints may be.
+        late: By how many steps the log's numbers are too high, as they are after some resumes.
     """
     rows = []
-    previous = 0
     for budget in budgets:
-        # A validation after optimizer step b is logged at b or, counting from zero, at b - 1.
-        values = {
-            name: next((v for step, v in reversed(metrics[name]) if max(previous, budget - 1) <= step <= budget), None)
-            for name in validation_metrics(metrics)
-        }
+        # The host counts from zero: a validation after optimizer step b is logged at b - 1, one after b + 1 at b.
+        values = {name: dict(metrics[name]).get(budget - 1 + late) for name in validation_metrics(metrics)}
         files = (folder / f"budget-{budget}.ckpt" for folder in folders)
         rows.append(BudgetRow(budget, values, next((file for file in files if file.exists()), None)))
-        previous = budget
     return rows
 
 
@@ -98,12 +94,17 @@ def print_summary(trainer: Trainer, folder: Path) -> None:
     metrics = read_metrics(csv_file) if csv_file else {}
     budgets = _budgets(trainer)
     if metrics and budgets:
-        _print_table(budget_rows(metrics, budgets, _checkpoint_folders(trainer, folder)))
+        _print_table(budget_rows(metrics, budgets, _checkpoint_folders(trainer, folder), _late(trainer)))
     if metrics:
         _write_picture(metrics, folder / "training.png", budgets)
     elif not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
         sys.stdout.write("No table or picture: they are made from a CSVLogger's metrics.csv (trainer.logger).\n")
     sys.stdout.write(f"The run's files are in {_short(folder)}\n")
+
+
+def _late(trainer: Trainer) -> int:
+    """Return by how many steps the host's logs run ahead: it adds one at each resume from the end of a batch."""
+    return max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - trainer.global_step)
 
 
 def _budgets(trainer: Trainer) -> list[int]:
@@ -148,6 +149,18 @@ def _print_table(rows: list[BudgetRow]) -> None:
     # Off a terminal rich would assume 80 columns and fold the paths.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(table)
+    missed = [row.step for row in rows if None in row.values.values()]
+    if missed:
+        sys.stdout.write(f"{_missed(missed)}\n")
+
+
+def _missed(steps: list[int]) -> str:
+    """Say why cells are empty, and what fills them."""
+    plural = "s" if len(steps) > 1 else ""
+    return (
+        f"No validation ran at step{plural} {', '.join(map(str, steps))}. For a number there let "
+        "trainer.val_check_interval divide the budgets and trainer.max_steps, with check_val_every_n_epoch: null."
+    )
 
 
 def _heading(name: str, names: list[str]) -> str:

@@ -7,7 +7,8 @@ Four things are added to the host's command line:
 * ``vars`` holds free variables that any key may use, as in ``lr: ${vars.lr}``, also across files. References are
   filled in after all files and options are merged, so they follow later overrides (``--vars.lr 0.01``).
 * ``${share:TOTAL,0.25}`` and ``${shares:TOTAL,0.25,0.5}`` are whole numbers of steps, so that a template's intervals
-  follow ``--trainer.max_steps``.
+  follow ``--trainer.max_steps``. ``${interval:TOTAL,0.05}`` is a share that divides the total, and
+  ``${marks:TOTAL,INTERVAL,0.25,0.5}`` are shares that are multiples of an interval.
 * Wrong keys and values give one message instead of a traceback.
 """
 
@@ -28,7 +29,7 @@ from lightning_stable.cli.messages import explain_interpolation, explain_parsing
 from lightning_stable.cli.summary import print_summary
 from lightning_stable.registry import METHODS, load_class
 
-__all__ = ["DEFAULT_SEED", "StableCLI", "share", "shares", "train"]
+__all__ = ["DEFAULT_SEED", "StableCLI", "interval", "marks", "share", "shares", "train"]
 
 DEFAULT_SEED = 0
 
@@ -42,6 +43,27 @@ def shares(total: int | None, *fractions: float) -> list[int] | None:
     """Return increasing shares of ``total`` steps below it, or ``None`` where the total is not known (unset or -1)."""
     steps = sorted({int((total or 0) * fraction) for fraction in fractions})
     return [step for step in steps if 0 < step < (total or 0)] or None
+
+
+def interval(total: int | None, fraction: float) -> int:
+    """Return a number of steps that divides ``total`` and is near that share of it, so that one ends with the run.
+
+    It is within a factor of two of the share; where no divisor is, as for a prime, it is the share itself.
+    """
+    wanted = share(total, fraction)
+    divisors = [step for step in range((wanted + 1) // 2, 2 * wanted + 1) if (total or 0) % step == 0]
+    return min(divisors, key=lambda step: max(step / wanted, wanted / step), default=wanted)
+
+
+def marks(total: int | None, every: Any, *fractions: float) -> list[int] | None:
+    """Return increasing shares of ``total`` steps, each at the nearest multiple of ``every`` that is below the total.
+
+    Where ``every`` is no whole number of steps (a share of an epoch, a time), they are plain :func:`shares`.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1 or (total or 0) <= 0:
+        return shares(total, *fractions)
+    steps = {max(1, round((total or 0) * fraction / every)) * every for fraction in fractions}
+    return [step for step in sorted(steps) if step < (total or 0)] or None
 
 
 class StableParser(LightningArgumentParser):
@@ -147,12 +169,12 @@ class StableCLI(LightningCLI):
 
 
 def _register_resolvers() -> None:
-    """Make :func:`share` and :func:`shares` known to the interpolation."""
+    """Make the functions of step counts known to the interpolation."""
     with warnings.catch_warnings():
         # Its name until 2.3; 2.4 deprecates that for a name that means something else in 2.3.
         warnings.simplefilter("ignore")
-        OmegaConf.register_new_resolver("share", share, replace=True)
-        OmegaConf.register_new_resolver("shares", shares, replace=True)
+        for resolver in (share, shares, interval, marks):
+            OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
 def train(args: list[str], *, debug: bool = False) -> int:

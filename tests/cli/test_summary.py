@@ -4,6 +4,7 @@ import signal
 import sys
 
 import pytest
+import torch
 
 from lightning_stable.cli.main import main
 from lightning_stable.cli.picture import draw_training
@@ -37,12 +38,14 @@ def test_metrics_are_read_by_column_without_gaps(metrics):
 
 def test_rows_hold_what_was_measured_at_the_budget(metrics, tmp_path):
     (tmp_path / "budget-10.ckpt").touch()
-    first, second, third = budget_rows(metrics, [10, 15, 20], [tmp_path / "none", tmp_path])
+    first, second, third = budget_rows(metrics, [10, 19, 20], [tmp_path / "none", tmp_path])
     assert first.values == {"val_accuracy": 0.75, "val_accuracy_live": 0.5, "val_loss": 0.5, "val_loss_live": 0.75}
     assert first.checkpoint == tmp_path / "budget-10.ckpt"
-    assert set(second.values.values()) == {None}, "no validation fell on it"
+    assert set(second.values.values()) == {None}, "no validation fell on it, though one did on the next step"
     assert second.checkpoint is None
     assert third.values["val_loss"] == 0.25
+    (shifted,) = budget_rows(metrics, [19], [], late=1)
+    assert shifted.values["val_loss"] == 0.25, "after a resume the log's numbers are one too high"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +107,37 @@ def test_the_quickstart_ends_with_a_table_a_picture_and_the_place(quickstart, tm
     assert {"lr-AdamW", "train_loss", "wsd/phase", "val_loss", "val_loss_live"} <= set(
         read_metrics(folder / "metrics.csv")
     )
+
+
+@pytest.mark.parametrize("steps", ["9", "14"])
+def test_the_quickstart_measures_every_budget_whatever_its_length(quickstart, steps):
+    out = quickstart("--trainer.max_steps", steps, "--trainer.log_every_n_steps", "4")
+    assert "No validation ran" not in out
+
+
+def test_empty_cells_are_explained(quickstart):
+    out = quickstart("--trainer.val_check_interval", "3", "--vars.budgets", "[3, 5]")
+    (line,) = [line for line in out.splitlines() if "No validation ran" in line]
+    assert "at steps 5, 8." in line
+    assert "trainer.val_check_interval" in line
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a run that goes on has a folder of its own
+def test_an_interrupted_quickstart_leaves_a_checkpoint_to_go_on_from(quickstart, tmp_path):
+    (tmp_path / "stopping.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class Stops(Callback):\n"
+        "    def on_train_batch_start(self, trainer, *args):\n"
+        "        if trainer.global_step == 5:\n"
+        "            raise KeyboardInterrupt\n"
+    )
+    quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.max_steps", "8"]
+    interval = ["--trainer.val_check_interval", "4", "--trainer.log_every_n_steps", "4"]
+    assert main(["run", "quickstart", *quiet, *interval, "--trainer.callbacks+=stopping.Stops"]) == 130
+    last = tmp_path / "runs/quickstart/version_0/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 5
+    out = quickstart(*interval, "--ckpt_path", str(last))
+    assert "At each budget" in out
 
 
 def test_without_matplotlib_it_says_how_to_get_the_picture(quickstart, monkeypatch):

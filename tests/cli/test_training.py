@@ -10,7 +10,7 @@ from cli_fixtures import CliProbe
 
 from lightning_stable.cli.locate import list_templates
 from lightning_stable.cli.main import main
-from lightning_stable.cli.training import StableCLI, share, shares
+from lightning_stable.cli.training import StableCLI, interval, marks, share, shares
 
 BASE = """
 vars: {lr: 0.01, steps: 4, tag: base, marks: [1, 2], wsd_decay: 0.5}
@@ -150,6 +150,38 @@ def test_shares():
     assert shares(2, 0.25, 0.5, 1.0) == [1]
     assert shares(None, 0.5) is None
     assert shares(-1, 0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("total", "fraction", "expected"),
+    [(600, 0.05, 30), (90, 0.05, 5), (1000, 0.2, 200), (2, 0.05, 1), (97, 0.05, 4), (None, 0.05, 1), (-1, 0.05, 1)],
+    ids=["exact", "near", "a fifth", "tiny", "prime", "unset", "unlimited"],
+)
+def test_interval_divides_the_total_where_it_can(total, fraction, expected):
+    assert interval(total, fraction) == expected
+
+
+def test_marks_are_multiples_of_the_interval():
+    assert marks(600, 30, 0.25, 0.5) == [150, 300]
+    assert marks(90, 5, 0.25, 0.5) == [20, 45]
+    assert marks(97, 4, 0.5, 0.25, 1.0) == [24, 48, 96]
+    assert marks(2, 1, 0.25, 0.5) == [1]
+    assert marks(2, 2, 0.5) is None
+    assert marks(-1, 1, 0.5) is None
+    assert marks(600, 0.25, 0.5) == [300], "an interval that is a share of an epoch"
+    assert marks(600, None, 0.5) == [300]
+
+
+@pytest.mark.parametrize("steps", [4, 8, 30, 90, 97, 150, 601, 999, 1200])
+def test_each_budget_of_the_quickstart_falls_on_a_validation(printed, steps):
+    config = printed("-c", "recipe:quickstart", "--vars.steps", str(steps))
+    every = config["trainer"]["val_check_interval"]
+    (wsd,) = [c for c in config["trainer"]["callbacks"] if c["class_path"].endswith("WarmupStableDecay")]
+    budgets = wsd["init_args"]["budgets"]
+    assert len(budgets) == 2
+    assert [budget % every for budget in budgets] == [0, 0]
+    assert 10 <= steps / every <= 41 or steps < 10
+    assert steps % every == 0 or steps in (97, 601), "only a prime number of steps may end beside a validation"
 
 
 TEMPLATES = [f"{kind}:{template.name}" for kind in ("recipe", "addon") for template in list_templates(kind)]

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contract.contracts import Row, Settings
 from contract.harness import Run
+from contract.rows import Row, Settings
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
 
 
 class _Scaling(Callback):
@@ -33,6 +36,31 @@ class Honest(_Scaling):
         return self.scale
 
 
+class HonestStrategy(DDPStrategy):
+    """A strategy that halves the loss, and breaks nothing."""
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().backward(0.5 * closure_loss, *args, **kwargs)
+
+
+class HonestPrecision(Precision):
+    """A precision that halves the loss by a factor in its state, and breaks nothing."""
+
+    def __init__(self, factor: float = 0.5) -> None:
+        super().__init__()
+        self.scale = factor
+
+    def backward(self, tensor: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().backward(self.scale * tensor, *args, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scale": self.scale}
+
+
+class DoesNothing(Callback):
+    """Has no effect at all."""
+
+
 class ForgetsItsState(_Scaling):
     """Counts steps and does not save the count."""
 
@@ -42,6 +70,39 @@ class ForgetsItsState(_Scaling):
     def factor(self, trainer: Trainer) -> float:
         self.count += 1
         return 1.0 / self.count
+
+
+class KeepsCounting(ForgetsItsState):
+    """Saves its count, but adds a checkpoint's count to what a used object has."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count += state_dict["count"]
+
+
+class LaysItsCountAside(ForgetsItsState):
+    """Saves its count, which it lays aside from the beginning of a validation to the next step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count = state_dict["count"]
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        self.count, self.aside = 0, 0
+
+    def on_validation_start(self, *args: Any) -> None:
+        self.count, self.aside = 0, self.count
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.count, self.aside = self.count + self.aside, 0
 
 
 class LogsItsMemory(Callback):
@@ -155,6 +216,54 @@ class LeavesOtherWeights(Callback):
                 parameter.copy_(kept)
 
 
+class RemembersAFailure(_Scaling):
+    """Trains otherwise after an exception, for ever."""
+
+    failed = False
+
+    def factor(self, trainer: Trainer) -> float:
+        return 0.1 if self.failed else 0.5
+
+    def on_exception(self, *args: Any) -> None:
+        self.failed = True
+
+
+class ExchangesWeightsOnException(Callback):
+    """Puts back weights on an exception that belong to a fit which is over."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.kept = [p.detach().clone() for p in pl_module.parameters()]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        with torch.no_grad():
+            for parameter, kept in zip(pl_module.parameters(), self.kept, strict=True):
+                parameter.copy_(kept)
+
+
+class RemembersAValidation(_Scaling):
+    """Takes a validation on its own for a part of its training."""
+
+    validated = False
+
+    def factor(self, trainer: Trainer) -> float:
+        return 0.1 if self.validated else 0.5
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.validated = self.validated or stage == "validate"
+
+
+class RemembersWhatWasAsked(_Scaling):
+    """Goes on with what it was asked in a fit that is over."""
+
+    asked = False
+
+    def factor(self, trainer: Trainer) -> float:
+        return 0.1 if self.asked else 0.5
+
+    def ask(self) -> None:
+        self.asked = True
+
+
 class DiscardsASecondFit(Callback):
     """Restores at each end of training the weights it saw first: a stale shadow."""
 
@@ -232,8 +341,10 @@ def row(plugin: type, oracle: Callable[[Run, Any], None] = _no_oracle, **setting
     return Row(
         name=plugin.__name__.lower(),
         class_path=f"{plugin.__module__}.{plugin.__name__}",
-        settings=Settings(**{"make": plugin, "oracle": oracle, "identity": plugin, **settings}),
+        settings=Settings(**{"make": plugin, "oracle": oracle, "identities": (plugin,), **settings}),
     )
 
 
-SETTINGS = {plugin.__name__: row(plugin).settings for plugin in (Honest, DiffersByRank, DependsOnWorldSize)}
+SETTINGS = {
+    plugin.__name__: row(plugin).settings for plugin in (Honest, HonestStrategy, DiffersByRank, DependsOnWorldSize)
+}

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -131,6 +132,10 @@ class Net(LightningModule):
         self._maybe_fail("validate")
         self.log("val_loss", self.loss(batch), batch_size=len(batch[0]), sync_dist=True)
 
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._maybe_fail("test")
+        self.log("test_loss", self.loss(batch), batch_size=len(batch[0]), sync_dist=True)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Callbacks have run, clipping has not: what a gradient transform leaves and an average may look at.
         recording = getattr(optimizer, "optimizer", optimizer)
@@ -235,15 +240,35 @@ class MemoryLogger(Logger):
 
 
 class SaveAt(Callback):
-    """Saves a full checkpoint after a given optimizer step, as a callback in the middle of an epoch would."""
+    """Saves a full checkpoint after an optimizer step: at the end of its batch, or of the validation after it."""
 
-    def __init__(self, step: int, path: str) -> None:
+    def __init__(self, step: int, path: str, moment: str = "batch end") -> None:
         self.step = step
         self.path = path
+        self.moment = moment
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self._save(trainer, "batch end")
+
+    def on_validation_end(self, trainer: Trainer, *args: Any) -> None:
+        self._save(trainer, "validation end")
+
+    def _save(self, trainer: Trainer, moment: str) -> None:
+        if moment == self.moment and trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+class AskAt(Callback):
+    """Asks something of a plugin after a given optimizer step, as a user's own callback would."""
+
+    def __init__(self, step: int, plugin: Any, ask: Callable[[Any], None]) -> None:
+        self.step = step
+        self.plugin = plugin
+        self.ask = ask
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
+            self.ask(self.plugin)
 
 
 @dataclass
@@ -270,9 +295,14 @@ class Run:
 
 
 def attach(plugins: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Put plugins where a Trainer takes them."""
+    """Put plugins where a Trainer takes them: callbacks, one strategy, and the rest, such as a precision."""
     callbacks = [plugin for plugin in plugins if isinstance(plugin, Callback)]
-    rest = [plugin for plugin in plugins if not isinstance(plugin, Callback)]
+    strategies = [plugin for plugin in plugins if isinstance(plugin, Strategy)]
+    rest = [plugin for plugin in plugins if not isinstance(plugin, (Callback, Strategy))]
+    if len(strategies) > 1:
+        raise ValueError(f"A Trainer takes one strategy, not {[type(plugin).__name__ for plugin in strategies]}.")
+    if strategies:
+        settings = {**settings, "strategy": strategies[0]}
     return {**settings, "callbacks": [*settings.get("callbacks", []), *callbacks], "plugins": rest or None}
 
 
@@ -297,6 +327,9 @@ def fit(
         trainer.fit(module, ckpt_path=ckpt_path)
     else:
         trainer.fit(module, Stream() if train is None else train, validation, ckpt_path=ckpt_path)
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        # Left by a distributed strategy on its own; the next fit may be without one.
+        dist.destroy_process_group()
     return Run(trainer, module, plugins, logger.entries)
 
 

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract.contracts import STEPS, Row, Settings
 from contract.harness import Run
+from contract.rows import STEPS, Row, Settings
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import Strategy
 from oracles.averaging_twin import BalancedAverage, ema
 from oracles.wsd_twin import curve
+from torchmetrics import Metric
 
 from lightning_stable import registry
 from lightning_stable.callbacks import EMA, BalancedEMA, WarmupStableDecay
@@ -58,19 +62,24 @@ SETTINGS: dict[str, Settings] = {
     "wsd": Settings(
         make=lambda: WarmupStableDecay(**WSD),
         oracle=_wsd_oracle,
-        identity=lambda: WarmupStableDecay(warmup=0, decay=0),
+        identities=(lambda: WarmupStableDecay(warmup=0, decay=0),),
+        ask=lambda plugin: plugin.decay_now(3),
         refused_modules={"two optimizers": "does not work with 2 optimizers"},
     ),
     "ema": Settings(
         make=lambda: EMA(decay=0.8, warmup="power", every_n_steps=2, start_step=3, validate_with="both"),
         oracle=_ema_oracle,
-        identity=lambda: EMA(decay=0.8, validate_with="live", finish_with="live"),
+        identities=(
+            lambda: EMA(decay=0.8, validate_with="live", finish_with="live"),
+            # An average that is the live weights at each step, validated and finished with.
+            lambda: EMA(decay=0.0, validate_with="both"),
+        ),
         conflicts={"balanced_ema": _ONE_AVERAGE},
     ),
     "balanced_ema": Settings(
         make=lambda: BalancedEMA(form="derived", fallback_decay=0.7),
         oracle=_balanced_ema_oracle,
-        identity=lambda: BalancedEMA(validate_with="live", finish_with="live"),
+        identities=(lambda: BalancedEMA(validate_with="live", finish_with="live"),),
         refused_modules={"two optimizers": "does not work with 2 optimizers"},
         conflicts={"ema": _ONE_AVERAGE},
     ),
@@ -101,15 +110,30 @@ def build_rows() -> list[Row]:
     ]
 
 
-def public_classes() -> set[str]:
-    """Return the dotted paths of the classes that the rooms' files export."""
+def public_classes(folder: Path = ROOT / "lightning_stable") -> set[str]:
+    """Return the dotted paths of the classes that the rooms' files export, or that could be plugins of the host.
+
+    Args:
+        folder: The package, which can be imported by its folder's name.
+    """
     found = set()
     for room in ROOMS:
-        for path in (ROOT / "lightning_stable" / room).glob("[!_]*.py"):
-            module = importlib.import_module(f"lightning_stable.{room}.{path.stem}")
-            exported = [getattr(module, name) for name in module.__all__]
-            found |= {f"{module.__name__}.{value.__name__}" for value in exported if inspect.isclass(value)}
+        for path in sorted((folder / room).rglob("*.py")):
+            parts = path.relative_to(folder.parent).with_suffix("").parts
+            module = importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+            private = any(part.startswith("_") and part != "__init__" for part in parts)
+            exported = [] if private else [getattr(module, name) for name in getattr(module, "__all__", ())]
+            own = [value for value in vars(module).values() if _is_plugin(value, of=module.__name__)]
+            found |= {f"{value.__module__}.{value.__name__}" for value in [*exported, *own] if inspect.isclass(value)}
     return found
+
+
+def _is_plugin(value: Any, of: str) -> bool:
+    """Tell whether this is a class of a module that a Trainer, or a LightningModule as a metric, could be given."""
+    kinds = (Callback, Strategy, Precision, Metric)
+    if not inspect.isclass(value) or not issubclass(value, kinds) or value.__module__ != of:
+        return False
+    return not value.__name__.startswith("_") and not inspect.isabstract(value)
 
 
 ROWS = build_rows()

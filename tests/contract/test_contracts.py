@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from contract import contracts
-from contract.contracts import PRECISIONS, Row
+from contract.contracts import MOMENTS, PRECISIONS, Row
 from contract.harness import MODULES
 from contract.settings import ROWS
 from contract.workers import Pair
@@ -22,12 +22,14 @@ def over_rows(contract: str, rows: list[Row] = ROWS) -> Any:
     return pytest.mark.parametrize("row", cases)
 
 
-PAIRS = list(itertools.combinations(ROWS, 2))
+# Both orders: hooks run in the order in which callbacks are given.
+PAIRS = list(itertools.permutations(ROWS, 2))
 
 
+@pytest.mark.parametrize("moment", MOMENTS)
 @over_rows("resume")
-def test_01_resume(row: Row, tmp_path: Path) -> None:
-    contracts.check_resume(row, tmp_path)
+def test_01_resume(row: Row, moment: str, tmp_path: Path) -> None:
+    contracts.check_resume(row, tmp_path, moment=moment)
 
 
 @over_rows("yaml")
@@ -55,6 +57,11 @@ def test_05_oracle(row: Row, how: str, tmp_path: Path) -> None:
 @over_rows("exception")
 def test_06_exception(row: Row, where: str, tmp_path: Path) -> None:
     contracts.check_exception(row, where, tmp_path)
+
+
+@over_rows("exception")
+def test_06_exception_in_a_test(row: Row, tmp_path: Path) -> None:
+    contracts.check_failing_test(row, tmp_path)
 
 
 @over_rows("reuse")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from contract import broken, contracts, settings
 from contract.broken import row
-from contract.contracts import HEADINGS
+from contract.contracts import HEADINGS, MOMENTS, Row
 from contract.harness import Net, Stream, assert_same, fit
 from contract.workers import Pair
 
@@ -16,7 +16,7 @@ from lightning_stable import registry
 from lightning_stable.registry import Method
 
 BITES = AssertionError
-HONEST = row(broken.Honest, identity=lambda: broken.Honest(1.0))
+HONEST = row(broken.Honest, identities=(lambda: broken.Honest(1.0),))
 
 
 def addon(tmp_path: Path, plugin: type, **arguments: Any) -> Path:
@@ -26,9 +26,14 @@ def addon(tmp_path: Path, plugin: type, **arguments: Any) -> Path:
     return path
 
 
-def test_the_harness_itself_resumes_exactly(tmp_path: Path) -> None:
-    """Without any plugin the host resumes bit by bit here, so a difference is the plugin's."""
-    contracts.check_resume(HONEST, tmp_path)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_the_harness_itself_resumes_exactly(moment: str, tmp_path: Path) -> None:
+    """Without any effect of a plugin the host resumes bit by bit here, so a difference is the plugin's."""
+    contracts.check_resume(row(broken.DoesNothing), tmp_path, moment=moment)
+    contracts.check_resume(HONEST, tmp_path, moment=moment)
+
+
+def test_the_harness_itself_repeats_exactly() -> None:
     one = fit([], validation=Stream(2, seed=5), max_steps=4)
     two = fit([], module=Net(), validation=Stream(2, seed=5), max_steps=4)
     assert_same(one.snapshot(), two.snapshot(), "two runs of nothing")
@@ -38,6 +43,17 @@ def test_the_harness_itself_resumes_exactly(tmp_path: Path) -> None:
 def test_01_resume_bites(plugin: type, tmp_path: Path) -> None:
     with pytest.raises(BITES, match="resumed run against uninterrupted run"):
         contracts.check_resume(row(plugin), tmp_path)
+
+
+def test_01_resume_bites_at_a_validation(tmp_path: Path) -> None:
+    contracts.check_resume(row(broken.LaysItsCountAside), tmp_path)
+    with pytest.raises(BITES, match="resumed run against uninterrupted run"):
+        contracts.check_resume(row(broken.LaysItsCountAside), tmp_path, moment="validation end")
+
+
+def test_01_resume_bites_on_a_used_object(tmp_path: Path) -> None:
+    with pytest.raises(BITES, match="resumed with used objects"):
+        contracts.check_resume(row(broken.KeepsCounting), tmp_path)
 
 
 def test_02_yaml_bites(tmp_path: Path) -> None:
@@ -64,6 +80,9 @@ def test_03_inert_bites(plugin: type, tmp_path: Path) -> None:
     contracts.check_inert(HONEST, tmp_path)
     with pytest.raises(BITES, match="at its identity against nothing"):
         contracts.check_inert(row(plugin), tmp_path)
+    both = row(broken.Honest, identities=(lambda: broken.Honest(1.0), plugin))
+    with pytest.raises(BITES, match="number 1"):
+        contracts.check_inert(both, tmp_path)
 
 
 def test_04_two_processes_bites(workers: Pair) -> None:
@@ -98,6 +117,8 @@ def test_05_oracle_bites(tmp_path: Path) -> None:
         (broken.LeavesAWrap, "train", "wrapped methods"),
         (broken.LeavesAHook, "train", "hooks are left"),
         (broken.LeavesOtherWeights, "validate", "weights after the exception"),
+        (broken.RemembersAFailure, "train", "saw a failure"),
+        (broken.RemembersAFailure, "validate", "saw a failure"),
     ],
 )
 def test_06_exception_bites(plugin: type, where: str, message: str, tmp_path: Path) -> None:
@@ -106,9 +127,24 @@ def test_06_exception_bites(plugin: type, where: str, message: str, tmp_path: Pa
         contracts.check_exception(row(plugin), where, tmp_path)
 
 
-@pytest.mark.parametrize("plugin", [broken.DiscardsASecondFit, broken.BreaksOnReuse])
+def test_06_exception_bites_on_what_was_asked(tmp_path: Path) -> None:
+    contracts.check_exception(row(broken.RemembersWhatWasAsked), "train", tmp_path)
+    asked = row(broken.RemembersWhatWasAsked, ask=lambda plugin: plugin.ask())
+    with pytest.raises(BITES, match="saw a failure"):
+        contracts.check_exception(asked, "train", tmp_path)
+
+
+def test_06_exception_in_a_test_bites(tmp_path: Path) -> None:
+    contracts.check_failing_test(HONEST, tmp_path)
+    with pytest.raises(BITES, match="weights after a failing test in the same Trainer"):
+        contracts.check_failing_test(row(broken.ExchangesWeightsOnException), tmp_path)
+    with pytest.raises(BITES, match="saw a failing test"):
+        contracts.check_failing_test(row(broken.RemembersAFailure), tmp_path)
+
+
+@pytest.mark.parametrize("plugin", [broken.DiscardsASecondFit, broken.BreaksOnReuse, broken.RemembersAValidation])
 def test_07_reuse_bites(plugin: type, tmp_path: Path) -> None:
-    with pytest.raises(BITES, match=r"discarded|set up twice|far from"):
+    with pytest.raises(BITES, match=r"discarded|set up twice|far from|validated a checkpoint"):
         contracts.check_reuse(row(plugin), tmp_path)
 
 
@@ -118,6 +154,8 @@ def test_07_reuse_passes_an_honest_plugin(tmp_path: Path) -> None:
 
 def test_08_any_module_bites(tmp_path: Path) -> None:
     contracts.check_any_module(HONEST, "dict", tmp_path)
+    with pytest.raises(BITES, match="had no effect"):
+        contracts.check_any_module(row(broken.DoesNothing), "dict", tmp_path)
     with pytest.raises(BITES, match="more than a loss"):
         contracts.check_any_module(row(broken.NeedsATensorLoss), "dict", tmp_path)
     unclear = row(broken.RefusesUnclearly, refused_modules={"manual": "does not work"})
@@ -174,6 +212,67 @@ def test_a_public_class_without_a_row_breaks_collection(monkeypatch: pytest.Monk
     monkeypatch.setattr(settings, "public_classes", lambda: {"lightning_stable.callbacks.stray.Stray"})
     with pytest.raises(ValueError, match="Stray"):
         settings.build_rows()
+
+
+OTHER_KINDS = [
+    row(broken.HonestStrategy, identities=()),
+    row(broken.HonestPrecision, identities=(lambda: broken.HonestPrecision(1.0),)),
+]
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS, ids=lambda kind: kind.name)
+def test_the_contracts_take_strategies_and_precisions(kind: Row, tmp_path: Path) -> None:
+    contracts.check_resume(kind, tmp_path)
+    contracts.check_any_module(kind, "dict", tmp_path)
+    contracts.check_safe_load(kind, tmp_path)
+    contracts.check_company(kind, HONEST, tmp_path)
+    if kind.settings.identities:
+        contracts.check_inert(kind, tmp_path)
+
+
+def test_the_contracts_take_a_strategy_in_two_processes(workers: Pair) -> None:
+    strategy, _ = OTHER_KINDS
+    contracts.check_two_processes(strategy, workers, "contract.broken:SETTINGS[HonestStrategy].make")
+
+
+@pytest.mark.parametrize(
+    ("plugin", "entry"),
+    [
+        (broken.HonestStrategy, {"strategy": {"class_path": "contract.broken.HonestStrategy"}}),
+        (
+            broken.HonestPrecision,
+            {"plugins": [{"class_path": "contract.broken.HonestPrecision", "init_args": {"factor": 0.25}}]},
+        ),
+    ],
+)
+def test_the_contracts_find_other_kinds_in_a_config(plugin: type, entry: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "other.yaml"
+    path.write_text(yaml.safe_dump({"trainer": entry}))
+    contracts.check_yaml(dataclasses.replace(row(plugin), addons=(path,)), tmp_path)
+    path.write_text(yaml.safe_dump({"trainer": {"max_steps": 1}}))
+    with pytest.raises(BITES, match="did not add one"):
+        contracts.check_yaml(dataclasses.replace(row(plugin), addons=(path,)), tmp_path)
+
+
+def test_public_classes_are_found_though_nothing_exports_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = tmp_path / "package_of_strays" / "callbacks"
+    (room / "deep").mkdir(parents=True)
+    (room / "deep" / "__init__.py").touch()
+    (room / "deep" / "inner.py").write_text(
+        "from abc import ABC, abstractmethod\n"
+        "from lightning.pytorch import Callback\n"
+        "from lightning.pytorch.callbacks import Timer\n"
+        "__all__ = []\n"
+        "class Stray(Callback):\n    pass\n"
+        "class _Hidden(Callback):\n    pass\n"
+        "class Base(Callback, ABC):\n    @abstractmethod\n    def act(self):\n        pass\n"
+    )
+    (room / "__init__.py").write_text("class Exported:\n    pass\n__all__ = ['Exported']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert settings.public_classes(tmp_path / "package_of_strays") == {
+        "package_of_strays.callbacks.Exported",
+        "package_of_strays.callbacks.deep.inner.Stray",
+    }
 
 
 def test_public_classes_are_found() -> None:

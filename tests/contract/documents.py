@@ -1,0 +1,106 @@
+"""The contracts on what is written down: 2, the addon templates, and 11, the card."""
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from contract.harness import assert_same
+from contract.rows import Row, resolve
+
+# ---------------------------------------------------------------------------------------------------- 2
+
+
+def check_yaml(row: Row, tmp_path: Path) -> None:
+    """Each addon builds the plugin through LightningCLI, beside a user's own callbacks; the saved config does again."""
+    assert row.addons, f"{row.name} has no addon template"
+    for addon in row.addons:
+        assert addon.exists(), f"{addon} does not exist"
+        first = _command_line(["--config", str(_own_config(tmp_path)), "--config", str(addon)])
+        saved = tmp_path / f"saved-{addon.stem}.yaml"
+        first.parser.save(first.config, saved, overwrite=True)
+        second = _command_line(["--config", str(saved)])
+        built = []
+        for command in (first, second):
+            trainer = command.trainer
+            parts = [*trainer.callbacks, trainer.strategy, trainer.precision_plugin]
+            kinds = [type(part).__name__ for part in parts]
+            assert "LearningRateMonitor" in kinds, f"{addon.name} replaced the user's own callbacks: {kinds}"
+            assert kinds.count(row.class_name) == 1, f"{addon.name} did not add one {row.class_name}: {kinds}"
+            built.append(parts[kinds.index(row.class_name)])
+        assert_same(_public(built[1]), _public(built[0]), f"{row.class_name} from the saved config of {addon.name}")
+
+
+def _own_config(tmp_path: Path) -> Path:
+    """Write a user's config, with a callback of its own."""
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"class_path": "lightning.pytorch.demos.boring_classes.BoringModel"},
+                "trainer": {
+                    "accelerator": "cpu",
+                    "logger": False,
+                    "enable_checkpointing": False,
+                    "callbacks": [{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}],
+                },
+            }
+        )
+    )
+    return config
+
+
+def _command_line(arguments: list[str]) -> Any:
+    from lightning_stable.cli.training import StableCLI
+
+    return StableCLI(arguments, run=False)
+
+
+def _public(plugin: Any) -> dict[str, Any]:
+    # Of an object it is the kind that counts, not where it lies in memory.
+    values = {name: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for name, value in vars(plugin).items()}
+    return {name: value for name, value in values.items() if not name.startswith("_")}
+
+
+# ---------------------------------------------------------------------------------------------------- 11
+
+HEADINGS = (
+    "In one line",
+    "Use it",
+    "How it works",
+    "Settings",
+    "Works with",
+    "Cost",
+    "Fails when",
+    "Evidence",
+    "Reference",
+)
+
+
+def check_card(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card has the fixed headings in order, names each argument and each expected failure, and its code runs."""
+    assert row.card is not None
+    assert row.card.exists(), f"{row.card} does not exist"
+    text = row.card.read_text(encoding="utf-8")
+    headings = tuple(re.findall(r"^## (.+)$", text, flags=re.MULTILINE))
+    assert headings == HEADINGS, f"{row.card.name} has the headings {headings}, not {HEADINGS}"
+    arguments = [name for name in _arguments(row) if f"`{name}`" not in text]
+    assert not arguments, f"{row.card.name} does not name the settings {arguments}"
+    for reason in row.settings.expected_failures.values():
+        assert reason in text, f"{row.card.name} does not say: {reason}"
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert any(language == "python" for language, _ in blocks), f"{row.card.name} has no Python example"
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {"__name__": "card"}
+    for language, code in blocks:
+        if language == "python":
+            exec(compile(code, row.card.name, "exec"), scope)  # noqa: S102  the card's own code, which has to run
+        elif language == "yaml":
+            assert isinstance(yaml.safe_load(code), dict), f"{row.card.name}: a YAML block is no mapping"
+
+
+def _arguments(row: Row) -> list[str]:
+    module, _, name = row.class_path.rpartition(".")
+    return [argument for argument in inspect.signature(resolve(f"{module}:{name}")).parameters if argument != "self"]

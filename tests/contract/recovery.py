@@ -1,0 +1,228 @@
+"""The contracts on going on: 1, resuming, 6, after a failure, and 7, using an object again."""
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contract.harness import (
+    BATCHES,
+    QUIET,
+    AskAt,
+    DictNet,
+    Net,
+    Run,
+    SaveAt,
+    Step,
+    Stream,
+    assert_same,
+    attach,
+    differences,
+    fit,
+)
+from contract.rows import CUT, STEPS, Row
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
+
+# ---------------------------------------------------------------------------------------------------- 1
+
+
+# The optimizer step after which each kind of checkpoint is saved: the first in the middle of an epoch, the second in
+# the validation after the fourth batch of the second epoch, the third at the end of the first epoch.
+MOMENTS = {"batch end": CUT, "validation end": 10, "epoch end": BATCHES}
+
+# Resumed at the end of an epoch, the host runs a validation that is inside an epoch one batch late, with no plugin.
+_VALIDATION: dict[str, dict[str, Any]] = {"epoch end": {"val_check_interval": 1.0}}
+
+
+def check_resume(
+    row: Row, tmp_path: Path, company: tuple[Row, ...] = (), moment: str = "batch end", **settings: Any
+) -> None:
+    """N + M steps equal N steps, a checkpoint, and M steps with new or with used objects, bit by bit."""
+    cut = MOMENTS[moment]
+    path = Path(tempfile.mkdtemp(dir=tmp_path)) / f"step={cut}.ckpt"
+
+    def plugins() -> list[Any]:
+        return [member.settings.make() for member in (row, *company)]
+
+    def run(objects: list[Any], *others: Callback, **more: Any) -> Run:
+        # With and without a checkpoint in the same configuration, which is what the two have to agree in.
+        saving = {"enable_checkpointing": any(isinstance(other, ModelCheckpoint) for other in others)}
+        common = {"max_steps": STEPS, **_VALIDATION.get(moment, {"val_check_interval": 4}), **saving, **settings}
+        return fit([*objects, *others], validation=Stream(2, seed=5), **common, **more)
+
+    straight = run(plugins())
+    again = run(plugins(), _saver(moment, cut, path))
+    assert_same(again.snapshot()["weights"], straight.snapshot()["weights"], "saving a checkpoint changed training")
+    assert len(straight.steps) == STEPS, f"the run took {len(straight.steps)} optimizer steps, not {STEPS}"
+    assert path.exists(), f"nothing was saved at {moment} of step {cut}"
+
+    # A checkpoint of the host's ModelCheckpoint wants one in the run that goes on.
+    others = [_saver(moment, cut, path)] if moment == "epoch end" else []
+    size = len(company) + 1
+    # Resumed at the end of an epoch, the host logs the same values under other numbers of step and epoch.
+    numbered = moment != "epoch end"
+    expected = _comparable(straight, skip=cut, plugins=size, numbered=numbered)
+    resumed = _comparable(run(plugins(), *others, ckpt_path=str(path)), plugins=size, numbered=numbered)
+    assert_same(resumed, expected, "resumed run against uninterrupted run")
+
+    used = plugins()
+    run(used, module=Net(rates=(0.03, 0.01)))
+    # A strategy belongs to its Trainer: the host refuses it in another one.
+    used = [new if isinstance(old, Strategy) else old for old, new in zip(used, plugins(), strict=True)]
+    resumed = _comparable(run(used, *others, ckpt_path=str(path)), plugins=size, numbered=numbered)
+    assert_same(resumed, expected, "run resumed with used objects against uninterrupted run")
+
+
+def _saver(moment: str, step: int, path: Path) -> Callback:
+    """Return the callback that saves at this moment."""
+    if moment == "epoch end":
+        return ModelCheckpoint(path.parent, "{step}", every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1)
+    return SaveAt(step, str(path), moment)
+
+
+def _comparable(run: Run, plugins: int, skip: int = 0, *, numbered: bool) -> dict[str, Any]:
+    """Return what has to agree, of the first plugins: those under contract."""
+    of_plugins = Run(run.trainer, run.module, run.plugins[:plugins], run.logged)
+    found = of_plugins.snapshot(STEPS - len(run.steps) + skip)
+    if not numbered:
+        found["logged"] = [
+            {name: value for name, value in entry.items() if name != "epoch"} for _, entry in found["logged"]
+        ]
+    return {**found, "steps": [step._asdict() for step in run.steps[skip:]]}
+
+
+# ---------------------------------------------------------------------------------------------------- 6
+
+
+def check_exception(row: Row, where: str, tmp_path: Path) -> None:
+    """After a failure in a training or validation step nothing of the plugin is left, and the module trains on."""
+    module = DictNet()
+    hooks = _hooks(module)
+    module.fail_at = (where, CUT)
+    plugin = row.settings.make()
+    run = Run(None, module, [plugin])
+    # What was asked for a step before has to be over, too.
+    objects = [plugin, *_asking(row, plugin, CUT - 1)]
+    settings = {**QUIET, "devices": 1, "max_steps": STEPS, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    trainer = Trainer(**attach(objects, settings))
+    with pytest.raises(RuntimeError, match="deliberate failure"):
+        trainer.fit(module, Stream(), Stream(2, seed=5))
+    assert len(run.steps) == CUT, f"the failure came after {len(run.steps)} steps, not {CUT}"
+    _assert_nothing_left(module, trainer, hooks)
+    now = {name: value.detach() for name, value in module.named_parameters()}
+    assert_same(now, run.steps[-1].weights, "weights after the exception against the live ones")
+
+    module.fail_at = None
+    # The host leaves a module whose validation failed in eval mode, with or without a plugin.
+    module.train()
+    on = fit([], module=module, max_steps=3)
+    assert len(on.steps) == CUT + 3
+    assert_same(on.steps[CUT].before, run.steps[CUT - 1].weights, "the module that trains on")
+    assert is_finite(module), "weights are not finite after training on"
+    _assert_as_new(row, plugin, "an object that saw a failure")
+
+
+def check_failing_test(row: Row, tmp_path: Path) -> None:
+    """A test that fails after a fit leaves the module's weights as they were, in the same and in a new Trainer."""
+    plugin = row.settings.make()
+    run = fit([plugin], validation=Stream(2, seed=5), max_steps=STEPS)
+    before = copy.deepcopy(run.module.state_dict())
+    new = Trainer(**attach([plugin], {**QUIET, "devices": 1}))
+    for trainer, which in ((run.trainer, "the same Trainer"), (new, "a new Trainer")):
+        run.module.fail_at = ("test", trainer.global_step)
+        with pytest.raises(RuntimeError, match="deliberate failure"):
+            trainer.test(run.module, Stream(2, seed=5), verbose=False)
+        assert_same(run.module.state_dict(), before, f"weights after a failing test in {which}")
+    _assert_as_new(row, plugin, "an object that saw a failing test")
+
+
+def _asking(row: Row, plugin: Any, step: int) -> list[Callback]:
+    """Return the callback that asks what a user may ask, if there is something."""
+    return [] if row.settings.ask is None else [AskAt(step, plugin, row.settings.ask)]
+
+
+def _assert_as_new(row: Row, plugin: Any, what: str) -> None:
+    """Fail if a used object trains another module otherwise than a fresh object."""
+    used = fit([plugin], validation=Stream(2, seed=5), max_steps=STEPS)
+    fresh = fit([row.settings.make()], validation=Stream(2, seed=5), max_steps=STEPS)
+    assert_same(used.snapshot(), fresh.snapshot(), f"{what} on another module against a fresh object")
+
+
+def _hooks(module: LightningModule) -> dict[str, int]:
+    """Count every kind of hook on every submodule."""
+    kinds = [name for name in vars(module) if name.endswith("_hooks")]
+    return {f"{name}.{kind}": len(vars(part)[kind]) for name, part in module.named_modules() for kind in kinds}
+
+
+def _assert_nothing_left(module: LightningModule, trainer: Trainer, hooks: dict[str, int]) -> None:
+    assert _hooks(module) == hooks, f"hooks are left: {set(_hooks(module).items()) ^ set(hooks.items())}"
+    for target in (*module.modules(), trainer, trainer.strategy, trainer.precision_plugin, *trainer.optimizers):
+        wrapped = [
+            name
+            for name, value in vars(target).items()
+            if callable(value) and callable(getattr(type(target), name, None)) and not isinstance(value, type)
+        ]
+        assert not wrapped, f"{type(target).__name__} still has wrapped methods: {wrapped}"
+    for optimizer in trainer.optimizers:
+        left = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+        assert not left, f"the optimizer still has hooks: {left}"
+
+
+def is_finite(module: LightningModule) -> bool:
+    return all(bool(value.isfinite().all()) for value in module.state_dict().values() if value.is_floating_point())
+
+
+# ---------------------------------------------------------------------------------------------------- 7
+
+
+def check_reuse(row: Row, tmp_path: Path) -> None:
+    """One object serves a second fit with the same and with a new Trainer, fast_dev_run and overfit_batches."""
+    plugin = row.settings.make()
+    module = Net()
+    first = fit([plugin], module=module, validation=Stream(2, seed=5), max_steps=STEPS)
+    _assert_trained(first.steps[:STEPS], module, "first fit")
+
+    first.trainer.fit_loop.epoch_loop.max_steps = 2 * STEPS
+    fit([plugin], module=module, trainer=first.trainer, validation=Stream(2, seed=5))
+    assert len(module.steps) == 2 * STEPS, f"the same Trainer took {len(module.steps) - STEPS} more steps, not {STEPS}"
+    _assert_trained(module.steps[STEPS:], module, "second fit, same Trainer")
+
+    fit([plugin], module=module, validation=Stream(2, seed=5), max_steps=STEPS)
+    assert len(module.steps) == 3 * STEPS, f"a new Trainer took {len(module.steps) - 2 * STEPS} steps, not {STEPS}"
+    _assert_trained(module.steps[2 * STEPS :], module, "third fit, new Trainer")
+
+    _assert_as_new(row, plugin, "a used object")
+    _check_validation_between(row, tmp_path)
+
+    smoke = fit([plugin], validation=Stream(2, seed=5), fast_dev_run=BATCHES)
+    _assert_trained(smoke.steps, smoke.module, "fast_dev_run")
+    over = fit([plugin], validation=Stream(2, seed=5), overfit_batches=3, max_steps=STEPS)
+    _assert_trained(over.steps, over.module, "overfit_batches")
+
+
+def _check_validation_between(row: Row, tmp_path: Path) -> None:
+    """Fail if validating a checkpoint between two fits of an object changes the second one."""
+    plugin, path = row.settings.make(), tmp_path / "between.ckpt"
+    savers = [*_asking(row, plugin, CUT - 1), SaveAt(CUT, str(path))]
+    first = fit([plugin, *savers], validation=Stream(2, seed=5), max_steps=STEPS)
+    trainer = Trainer(**attach([plugin], {**QUIET, "devices": 1}))
+    trainer.validate(first.module, Stream(2, seed=5), ckpt_path=str(path), verbose=False)
+    _assert_as_new(row, plugin, "an object that validated a checkpoint")
+
+
+def _assert_trained(steps: list[Step], module: LightningModule, what: str) -> None:
+    """Fail if the module ends where the fit began, or not on the way that its optimizer took."""
+    assert steps, f"{what}: no optimizer step was taken"
+    assert is_finite(module), f"{what}: weights are not finite"
+    end = {name: value.detach() for name, value in module.named_parameters()}
+    assert differences(end, steps[0].before), f"{what}: training was discarded, the weights are those it began with"
+    # Averages, merges and the like stay within the region that training went through.
+    for name, value in end.items():
+        seen = torch.stack([steps[0].before[name], *(step.weights[name] for step in steps)])
+        reach = seen.amax(0) - seen.amin(0)
+        outside = (value > seen.amax(0) + reach + 1e-6) | (value < seen.amin(0) - reach - 1e-6)
+        assert not bool(outside.any()), f"{what}: {name} ends far from where this fit trained it"

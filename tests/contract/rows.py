@@ -1,0 +1,62 @@
+"""What a contract is told about a method: its row."""
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from contract.harness import Run
+
+STEPS, CUT = 14, 8  # CUT is in the middle of the second epoch of six batches
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the contracts need to know about one method.
+
+    Attributes:
+        make: The plugin with settings that make its effect visible within :data:`STEPS` optimizer steps.
+        oracle: Recomputes from the recorded steps what the plugin should have done, and asserts that it did.
+        identities: The plugin at each setting that changes nothing; none with a reason in ``expected_failures``.
+        ask: What a user may ask of the plugin in the middle of a fit, and which has to be over with that fit.
+        refused_modules: Kinds of module (keys of ``harness.MODULES``) that give a clear error, with a pattern of it.
+        conflicts: Names of methods that cannot be in the same Trainer, with a pattern of the error.
+        twin: How the single-process run that two processes have to equal is made; by default the same plugin.
+        expected_failures: Names of contracts that cannot hold, with the reason.
+    """
+
+    make: Callable[[], Any]
+    oracle: Callable[[Run, Any], None]
+    identities: tuple[Callable[[], Any], ...]
+    ask: Callable[[Any], None] | None = None
+    refused_modules: dict[str, str] = field(default_factory=dict)
+    conflicts: dict[str, str] = field(default_factory=dict)
+    twin: Callable[[], Any] | None = None
+    expected_failures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method under contract."""
+
+    name: str
+    class_path: str
+    settings: Settings
+    addons: tuple[Path, ...] = ()
+    card: Path | None = None
+
+    @property
+    def class_name(self) -> str:
+        return self.class_path.rpartition(".")[2]
+
+
+def resolve(path: str) -> Any:
+    """Return what ``module:name.name`` or ``module:name[key].attribute`` means, for jobs that cross processes."""
+    module, _, expression = path.partition(":")
+    name, *rest = re.split(r"[.\[]", expression)
+    value = getattr(importlib.import_module(module), name)
+    for part in rest:
+        value = value[part.rstrip("]")] if part.endswith("]") else getattr(value, part)
+    return value
