@@ -69,7 +69,8 @@ class WarmupStableDecay(Callback):
         budgets: Increasing optimizer step counts at which a decay ends.
         total_steps: Optimizer steps of the run; ``None`` to ask the Trainer.
         save_at_budgets: Save a checkpoint at each budget, and at the end of the run if budgets are given.
-        decay_on: Path of a file whose appearance asks for a decay; looked for before each optimizer step.
+        decay_on: Path of a file whose appearance asks for a decay; looked for at the start and after each optimizer
+            step.
 
     Raises:
         ValueError: At construction for a setting out of range; at the start of a fit for one that does not fit the
