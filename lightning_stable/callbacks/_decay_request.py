@@ -14,6 +14,8 @@ __all__ = ["OutsideRequest"]
 
 # The measured step time is taken this much longer, so that a decay that has to end at max_time ends before it.
 _TIME_MARGIN = 1.1
+# Seconds kept free besides: a tenth of a short decay is no margin.
+_TIME_RESERVE = 1.0
 
 
 class OutsideRequest:
@@ -58,7 +60,7 @@ class OutsideRequest:
         # In a warmup there is nothing to decide yet, and the pace gets better known.
         if remaining is not None and self._first is not None and step > self._first[1] and step == start:
             pace = _TIME_MARGIN * (time.monotonic() - self._first[0]) / (step - self._first[1])
-            room = math.floor(remaining / pace) - 1 if pace > 0 else whole + 1
+            room = math.floor((remaining - _TIME_RESERVE) / pace) - 1 if pace > 0 else whole + 1
             if room <= whole:
                 length = max(min(whole, room), 1)
         if trainer.world_size == 1:

@@ -70,7 +70,8 @@ def read_weights(
     """Read the live or the averaged weights from a checkpoint (arguments as in :meth:`.EMA.load_weights`).
 
     Raises:
-        ValueError: If ``which`` is unknown, the checkpoint holds no average, or no name begins with ``prefix``.
+        ValueError: If ``which`` is unknown, the checkpoint holds no average, no name begins with ``prefix``, or
+            ``into`` does not have these weights.
     """
     if which not in ("ema", "live"):
         raise ValueError(
@@ -98,7 +99,13 @@ def read_weights(
             f"prefix={prefix!r} fits no weight of {os.fspath(path)}; the first is {next(iter(weights))!r}."
         )
     if into is not None:
-        into.load_state_dict(chosen)
+        try:
+            into.load_state_dict(chosen)
+        except RuntimeError as error:
+            raise ValueError(
+                f"The weights of {os.fspath(path)} do not fit {type(into).__name__}. Name the submodule that it is, as "
+                f"in prefix={next(iter(weights)).partition('.')[0] + '.'!r}. {error}"
+            ) from error
     return chosen
 
 

@@ -174,8 +174,8 @@ class WarmupStableDecay(Callback):
             )
         if len(trainer.optimizers) > 1:
             raise ValueError(
-                f"WarmupStableDecay does not work with {len(trainer.optimizers)} optimizers: the host counts the steps "
-                "of all of them together. Use lightning_stable.functional.wsd.WarmupStableDecayLR for each of them."
+                f"WarmupStableDecay does not work with {len(trainer.optimizers)} optimizers: Lightning counts their "
+                "steps together. Use lightning_stable.functional.wsd.WarmupStableDecayLR for each of them."
             )
         # The host restores optimizers after this hook, so these are the configured rates, not a checkpoint's.
         self._peaks = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
@@ -228,8 +228,8 @@ class WarmupStableDecay(Callback):
         if self.decay and (end is None or trainer.global_step < end) and not _is_fast_dev_run(trainer):
             rank_zero_warn(
                 f"Training ended at optimizer step {trainer.global_step} before the decay of WarmupStableDecay was "
-                "over, so these weights have not settled. Resume from a checkpoint with decay_now(), or with a nearer "
-                "total_steps."
+                f"over, at {self.multiplier(trainer.global_step):.3g} of the peak rate (floor: {self.min_ratio:.3g}). "
+                "To finish, resume from a checkpoint with decay_now(), or with total_steps a little beyond that step."
             )
 
     @override

@@ -145,10 +145,12 @@ def _print_table(rows: list[BudgetRow]) -> None:
     table.add_column("checkpoint", overflow="fold")
     for row in rows:
         values = ["-" if value is None else f"{value:.4f}" for value in row.values.values()]
-        table.add_row(str(row.step), *values, _short(row.checkpoint) if row.checkpoint else "-")
+        table.add_row(str(row.step), *values, row.checkpoint.name if row.checkpoint else "-")
     # Off a terminal rich would assume 80 columns and fold the paths.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(table)
+    folders = dict.fromkeys(_short(row.checkpoint.parent) for row in rows if row.checkpoint)
+    sys.stdout.writelines(f"Checkpoints: {folder}\n" for folder in folders)
     missed = [row.step for row in rows if None in row.values.values()]
     if missed:
         sys.stdout.write(f"{_missed(missed)}\n")

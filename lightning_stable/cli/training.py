@@ -12,6 +12,8 @@ Four things are added to the host's command line:
 * Wrong keys and values give one message instead of a traceback.
 """
 
+import itertools
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -27,7 +29,7 @@ from typing_extensions import override
 from lightning_stable.cli.locate import CommandError, resolve_config
 from lightning_stable.cli.messages import explain_interpolation, explain_parsing, is_bad_input, root_error
 from lightning_stable.cli.summary import print_summary
-from lightning_stable.registry import METHODS, load_class
+from lightning_stable.registry import METHODS, load_class, nearest
 
 __all__ = ["DEFAULT_SEED", "StableCLI", "interval", "marks", "share", "shares", "train"]
 
@@ -135,6 +137,7 @@ class StableCLI(LightningCLI):
         # Not the host's: it warns about arguments given beside sys.argv, which `run NAME` does on purpose.
         try:
             self.config = parser.parse_args(cast("list[str]", args))
+            _refuse_unused_variables(cast("list[str]", args))
         except CommandError as error:
             raise CommandError(self._explain(str(error), args)) from error.__cause__
         except OmegaConfBaseException as error:
@@ -166,6 +169,23 @@ class StableCLI(LightningCLI):
             return message
         known = [action.dest for action in parsers[command]._actions]
         return explain_parsing(message, command, known)
+
+
+def _refuse_unused_variables(args: list[str]) -> None:
+    """Raise if a variable that the command line sets is used nowhere: it would change nothing."""
+    given = {match[1] for argument in args if (match := re.match(r"--vars\.(\w+)", argument))}
+    if not given:
+        return
+    texts = [argument for argument in args if "${" in argument]
+    for option, value in itertools.pairwise([*args, ""]):
+        name, equals, rest = option.partition("=")
+        if name in ("-c", "--config"):
+            path, _ = resolve_config(rest if equals else value)
+            texts.append(Path(path).read_text(encoding="utf-8"))
+    used = set(re.findall(r"\$\{\.*(?:\w+\.)*vars\.(\w+)", "\n".join(texts)))
+    for name in sorted(given - used):
+        known = nearest(name, sorted(used)) if used else "No config refers to a variable."
+        raise CommandError(f"vars.{name} is set, but nothing refers to it, so it would change nothing. {known}")
 
 
 def _register_resolvers() -> None:

@@ -79,6 +79,8 @@ def test_both_sets_load_into_a_plain_module(tmp_path: Path) -> None:
     averaged = EMA.load_weights(path, "ema", into=Net())
     history = [run.steps[0].before, *(step.weights for step in run.steps[:5])]
     assert_average({name: averaged[name] for name in history[0]}, history, 0.5)
+    with pytest.raises(ValueError, match=r"do not fit Linear\. Name the submodule that it is, as in prefix='body\.'"):
+        EMA.load_weights(path, "live", into=head)
     with pytest.raises(ValueError, match="which='raw' is unknown"):
         EMA.load_weights(path, "raw")
     with pytest.raises(ValueError, match=r"prefix='body\.9' fits no weight"):

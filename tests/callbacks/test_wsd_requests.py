@@ -248,8 +248,8 @@ def test_a_decay_that_max_time_leaves_no_room_for_is_shortened(monkeypatch: pyte
         max_time={"seconds": 30},
         limit_val_batches=0,
     )
-    assert factors(run)[24:] == pytest.approx([1, 0.75, 0.5, 0.25])
-    assert run.trainer.global_step == 28
+    assert factors(run)[24:] == pytest.approx([1, 2 / 3, 1 / 3])
+    assert run.trainer.global_step == 27
 
 
 def test_changing_accumulation_needs_total_steps() -> None:

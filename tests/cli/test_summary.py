@@ -93,12 +93,15 @@ def test_the_quickstart_ends_with_a_table_a_picture_and_the_place(quickstart, tm
     lines = out.splitlines()
     for budget in (2, 4, 8):
         (row,) = [line.split() for line in lines if line.split()[:1] == [str(budget)]]
-        assert row[-1] == f"runs/quickstart/version_0/checkpoints/budget-{budget}.ckpt"
-        assert (tmp_path / row[-1]).is_file()
+        assert row[-1] == f"budget-{budget}.ckpt"
+        assert (folder / "checkpoints" / row[-1]).is_file()
         assert len(row) == 6
         assert all(float(value) >= 0 for value in row[1:5]), "both weight sets were measured at every budget"
     assert "live weights" in out
-    assert lines[-2:] == [
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 8, "last.ckpt is the last"
+    assert lines[-3:] == [
+        "Checkpoints: runs/quickstart/version_0/checkpoints",
         "Picture: runs/quickstart/version_0/training.png",
         "The run's files are in runs/quickstart/version_0",
     ]

@@ -246,8 +246,10 @@ def test_a_wrong_config_names_the_key_and_is_exit_code_2(text, parts, base, tmp_
         (["fit", "--config", "recipe:quikstart"], ["recipe 'quikstart'", "'quickstart'"]),
         (["fit", "--config", "base.yaml", "--trainer.max_stepz", "3"], ["'trainer.max_stepz'", "'trainer.max_steps'"]),
         (["run", "quickstart", "--config", "addon:ema"], ["EMA 2 times"]),
+        (["run", "quickstart", "--vars.ema_deacy", "0.5"], ["vars.ema_deacy", "nothing refers to it", "'ema_decay'"]),
+        (["run", "quickstart", "--vars.shape=linear"], ["vars.shape", "nothing refers to it", "batch_size"]),
     ],
-    ids=["nothing", "no file", "no addon", "no recipe", "no option", "twice"],
+    ids=["nothing", "no file", "no addon", "no recipe", "no option", "twice", "no variable", "unused variable"],
 )
 def test_wrong_options_are_exit_code_2(arguments, parts, base, tmp_path, capsys):
     assert main(arguments) == 2
