@@ -5,20 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from averages import flat
 from contract.harness import Net, Run, SaveAt, Stream, assert_same, fit
 from oracles.averaging_twin import BalancedAverage
 from torch import Tensor
 
 from lightning_stable.callbacks import EMA, BalancedEMA
-
-
-@pytest.fixture(autouse=True)
-def _empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def flat(weights: dict[str, Tensor]) -> list[list[float]]:
-    return [value.double().flatten().tolist() for value in weights.values()]
 
 
 def twin_of(run: Run, form: str, fallback: float) -> tuple[BalancedAverage, list[list[float]]]:

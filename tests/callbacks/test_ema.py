@@ -1,51 +1,18 @@
 """EMA in a Trainer: precision, buffers, what it refuses, and the faults of the host's own average."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from contract.harness import DictNet, Net, Stream, TwoOptimizerNet, assert_same, fit
+from averages import assert_average, parameters, validation
+from contract.harness import DictNet, Net, TwoOptimizerNet, assert_same, fit
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
-from oracles.averaging_twin import ema
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_stable.callbacks import EMA
-
-
-@pytest.fixture(autouse=True)
-def _empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def validation() -> Stream:
-    return Stream(2, seed=5)
-
-
-def parameters(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in module.named_parameters()}
-
-
-def flat(weights: dict[str, Tensor]) -> list[list[float]]:
-    return [value.double().flatten().tolist() for value in weights.values()]
-
-
-def assert_average(found: dict[str, Tensor], history: list[dict[str, Tensor]], decay: float) -> None:
-    for value, twin in zip(found.values(), ema([flat(weights) for weights in history], decay), strict=True):
-        assert value.double().flatten().tolist() == pytest.approx(twin, rel=1e-4, abs=1e-6)
-
-
-def loss_of(weights: dict[str, Tensor], buffers: nn.Module) -> float:
-    """Validation loss of given parameters with the buffers of another module."""
-    module = Net()
-    module.load_state_dict({**buffers.state_dict(), **weights})
-    module.eval()
-    with torch.no_grad():
-        return float(sum(module.loss(validation().batch(index)) for index in range(2)) / 2)
-
 
 # ------------------------------------------------------------------ precision, device, buffers
 

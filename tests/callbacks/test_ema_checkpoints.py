@@ -6,44 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from averages import assert_average, loss_of, parameters, validation
 from contract.harness import Net, SaveAt, Stream, assert_same, fit
 from lightning.pytorch.callbacks import ModelCheckpoint
-from oracles.averaging_twin import ema
 from torch import Tensor, nn
 
 from lightning_stable.callbacks import EMA
-
-
-@pytest.fixture(autouse=True)
-def _empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def validation() -> Stream:
-    return Stream(2, seed=5)
-
-
-def parameters(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in module.named_parameters()}
-
-
-def flat(weights: dict[str, Tensor]) -> list[list[float]]:
-    return [value.double().flatten().tolist() for value in weights.values()]
-
-
-def assert_average(found: dict[str, Tensor], history: list[dict[str, Tensor]], decay: float) -> None:
-    for value, twin in zip(found.values(), ema([flat(weights) for weights in history], decay), strict=True):
-        assert value.double().flatten().tolist() == pytest.approx(twin, rel=1e-4, abs=1e-6)
-
-
-def loss_of(weights: dict[str, Tensor], buffers: nn.Module) -> float:
-    """Validation loss of given parameters with the buffers of another module."""
-    module = Net()
-    module.load_state_dict({**buffers.state_dict(), **weights})
-    module.eval()
-    with torch.no_grad():
-        return float(sum(module.loss(validation().batch(index)) for index in range(2)) / 2)
-
 
 # ------------------------------------------------------------------ checkpoints
 

@@ -5,44 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import EndlessStream, ManualNet, Net, Stream, assert_same, fit
-from lightning.pytorch import Callback, Trainer
+from contract.harness import ManualNet, Net, Stream, assert_same, fit
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from torch.utils.data import DataLoader
+from schedules import endless, expected, factors
 
 from lightning_stable.callbacks import EMA, WarmupStableDecay
-from lightning_stable.functional.wsd import SHAPES, wsd_multiplier
-
-
-@pytest.fixture(autouse=True)
-def _empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def factors(run: Any) -> list[float]:
-    """The factor on the peak at each optimizer step, after checking that both groups have it."""
-    for step in run.steps:
-        assert step.rates[0] / run.module.rates[0] == pytest.approx(step.rates[1] / run.module.rates[1])
-    return [step.rates[0] / run.module.rates[0] for step in run.steps]
-
-
-def expected(steps: int, *args: Any, **kwargs: Any) -> Any:
-    return pytest.approx([wsd_multiplier(step, *args, **kwargs) for step in range(steps)], abs=1e-12)
-
-
-class AskAt(Callback):
-    """Asks for a decay at the end of a given optimizer step."""
-
-    def __init__(self, schedule: WarmupStableDecay, step: int, length: int | None = None) -> None:
-        self.schedule, self.step, self.length = schedule, step, length
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            self.schedule.decay_now(self.length)
-
-
-def endless() -> DataLoader:
-    return DataLoader(EndlessStream(), batch_size=None)
+from lightning_stable.functional.wsd import SHAPES
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,52 +1,18 @@
 """Branches, requests and open ends of WarmupStableDecay: what asks for a decay, and what a resume makes of it."""
 
-import types
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 import torch
-from contract.harness import EndlessStream, ManualNet, Net, SaveAt, Stream, assert_same, fit
+from contract.harness import ManualNet, Net, SaveAt, Stream, assert_same, fit
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, Timer
-from lightning.pytorch.callbacks import timer as timer_module
-from torch.utils.data import DataLoader
+from schedules import AskAt, endless, expected, factors, fit_against_the_clock
 
-from lightning_stable.callbacks import WarmupStableDecay, _decay_request
+from lightning_stable.callbacks import WarmupStableDecay
 from lightning_stable.functional.wsd import wsd_multiplier
-
-
-@pytest.fixture(autouse=True)
-def _empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def factors(run: Any) -> list[float]:
-    """The factor on the peak at each optimizer step, after checking that both groups have it."""
-    for step in run.steps:
-        assert step.rates[0] / run.module.rates[0] == pytest.approx(step.rates[1] / run.module.rates[1])
-    return [step.rates[0] / run.module.rates[0] for step in run.steps]
-
-
-def expected(steps: int, *args: Any, **kwargs: Any) -> Any:
-    return pytest.approx([wsd_multiplier(step, *args, **kwargs) for step in range(steps)], abs=1e-12)
-
-
-class AskAt(Callback):
-    """Asks for a decay at the end of a given optimizer step."""
-
-    def __init__(self, schedule: WarmupStableDecay, step: int, length: int | None = None) -> None:
-        self.schedule, self.step, self.length = schedule, step, length
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            self.schedule.decay_now(self.length)
-
-
-def endless() -> DataLoader:
-    return DataLoader(EndlessStream(), batch_size=None)
-
 
 # ------------------------------------------------------------------ branches
 
@@ -154,24 +120,7 @@ def test_an_open_horizon_ends_by_a_file(tmp_path: Path) -> None:
 
 
 def test_an_open_horizon_ends_before_max_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    clock = types.SimpleNamespace(monotonic=lambda: now[0])
-    monkeypatch.setattr(timer_module, "time", clock)
-    monkeypatch.setattr(_decay_request, "time", clock)
-
-    class Slow(Net):
-        def training_step(self, *args: Any) -> Any:
-            now[0] += 1.0
-            return super().training_step(*args)
-
-    run = fit(
-        [WarmupStableDecay(2, 10, "linear", 0.0)],
-        module=Slow(),
-        train=endless(),
-        max_epochs=-1,
-        max_time={"seconds": 60},
-        limit_val_batches=0,
-    )
+    run = fit_against_the_clock(monkeypatch, WarmupStableDecay(2, 10, "linear", 0.0), seconds=60)
     assert 50 <= run.trainer.global_step <= 60
     assert factors(run)[-11:] == pytest.approx([1, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     timer = next(callback for callback in run.trainer.callbacks if isinstance(callback, Timer))
@@ -230,24 +179,7 @@ def test_a_checkpoint_beyond_total_steps_is_a_clear_error(tmp_path: Path) -> Non
 
 
 def test_a_decay_that_max_time_leaves_no_room_for_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    clock = types.SimpleNamespace(monotonic=lambda: now[0])
-    monkeypatch.setattr(timer_module, "time", clock)
-    monkeypatch.setattr(_decay_request, "time", clock)
-
-    class Slow(Net):
-        def training_step(self, *args: Any) -> Any:
-            now[0] += 1.0
-            return super().training_step(*args)
-
-    run = fit(
-        [WarmupStableDecay(24, 10, "linear", 0.0)],
-        module=Slow(),
-        train=endless(),
-        max_epochs=-1,
-        max_time={"seconds": 30},
-        limit_val_batches=0,
-    )
+    run = fit_against_the_clock(monkeypatch, WarmupStableDecay(24, 10, "linear", 0.0), seconds=30)
     assert factors(run)[24:] == pytest.approx([1, 2 / 3, 1 / 3])
     assert run.trainer.global_step == 27
 
