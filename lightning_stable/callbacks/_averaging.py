@@ -109,7 +109,7 @@ class AveragedWeights(Callback, ABC):
         if "live" not in state:
             return
         # The module was given the checkpoint's state_dict, which may be the average: training needs the live weights.
-        present = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
+        present = _named_tensors(pl_module)
         missing = sorted(state["live"].keys() - present.keys())
         if missing:
             raise ValueError(
@@ -133,9 +133,9 @@ class AveragedWeights(Callback, ABC):
             self._restored = None
         elif self._shadow is not None:
             # The fit before may have ended on the average: the module holds it, and training goes on from there.
-            values = self._swap.other_values() if self._swap.active else list(self._shadow.values())
+            shadow = self._averaged()
             self._swap.release()
-            self._place(dict(zip(self._shadow, values, strict=True)), pl_module)
+            self._place(shadow, pl_module)
         # What the shadow holds stays tracked, even if it no longer trains.
         held = self._shadow or {}
         self._parameters = {name: value for name, value in pl_module.named_parameters() if name in held}
@@ -229,15 +229,15 @@ class AveragedWeights(Callback, ABC):
         if self._shadow is None:
             return {"updates": 0}
         module = self._module() if self._module is not None else None
-        names = list(self._shadow)
+        live: list[Tensor] = []
         if self._swap.active:
-            shadow, live = self._swap.other_values(), self._swap.live_values()
-        else:
-            shadow, live = list(self._shadow.values()), self._live(module)[1] if module is not None else []
+            live = self._swap.live_values()
+        elif module is not None:
+            live = self._live(module)[1]
         return {
             "updates": self._updates,
-            "shadow": dict(zip(names, shadow, strict=True)),
-            "live": {name: value.detach() for name, value in zip(names, live, strict=True)},
+            "shadow": self._averaged(),
+            "live": {name: value.detach() for name, value in zip(self._shadow, live, strict=True)},
             "aliases": dict(self._aliases),
         }
 
@@ -276,6 +276,11 @@ class AveragedWeights(Callback, ABC):
         self._parameters = {}
 
     # ------------------------------------------------------------------ helpers
+
+    def _averaged(self) -> dict[str, Tensor]:
+        """Return the averaged values by name, wherever they are at present."""
+        shadow = self._shadow or {}
+        return dict(zip(shadow, self._swap.other_values(), strict=True)) if self._swap.active else dict(shadow)
 
     def _live(self, pl_module: LightningModule) -> tuple[list[str], list[Tensor]]:
         """Return the names and the live tensors that are tracked, in the order of the shadow."""
@@ -321,7 +326,7 @@ class AveragedWeights(Callback, ABC):
 
     def _place(self, shadow: dict[str, Tensor], pl_module: LightningModule) -> None:
         """Continue an average with the parameters as they are now, on this run's device and in its precision."""
-        present = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
+        present = _named_tensors(pl_module)
         kept = {n: v for n, v in shadow.items() if n in present and present[n].shape == v.shape}
         if len(kept) != len(shadow):
             names = ", ".join(sorted(shadow.keys() - kept.keys()))
@@ -342,11 +347,9 @@ class AveragedWeights(Callback, ABC):
         """Let a checkpoint's ``state_dict`` be the weights that validation measures, whoever saves it."""
         if self._shadow is None or (self.validate_with == "live" and not self._swap.active):
             return
+        validated = self._averaged()
         if self.validate_with == "live":
-            values = self._swap.live_values()
-        else:
-            values = self._swap.other_values() if self._swap.active else list(self._shadow.values())
-        validated = dict(zip(self._shadow, values, strict=True))
+            validated = dict(zip(self._shadow, self._swap.live_values(), strict=True))
         weights = checkpoint["state_dict"]
         for alias, name in self._aliases.items():
             if alias in weights and name in validated:
@@ -378,6 +381,11 @@ class AveragedWeights(Callback, ABC):
         if self._save_wrap is not None:
             self._save_wrap.undo()
             self._save_wrap = None
+
+
+def _named_tensors(module: LightningModule) -> dict[str, Tensor]:
+    """Return the parameters and buffers by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _floating_buffers(module: LightningModule) -> dict[str, Tensor]:

@@ -266,7 +266,7 @@ class WarmupStableDecay(Callback):
             return plan_cycles(None, self.warmup if isinstance(self.warmup, int) else 0, 0)
         limit = self._steps_of_run(trainer, pl_module)
         if limit is not None and self.budgets and self.budgets[-1] > limit:
-            plan_cycles(limit, 0, 0, self.budgets)
+            plan_cycles(limit, 0, 0, self.budgets)  # raises, also where total_steps would allow it
         total = limit if self.total_steps is None else self.total_steps
         return plan_cycles(total, self.warmup, self.decay, self.budgets)
 
