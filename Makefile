@@ -10,7 +10,8 @@ help:
 	@echo "make test         run the whole suite"
 	@echo "make lint         ruff, mypy --strict, import-linter"
 	@echo "make docs         build the HTML documentation into docs/_build/html"
-	@echo "make bench-NAME   run benchmarks/NAME.py (wsd, ema, balanced_ema, import_time)"
+	@echo "make bench-NAME   run benchmarks/NAME.py (wsd, ema, balanced_ema, sharpness_cost, sharpness_effect,"
+	@echo "                  gradient_stabilisers, gradient_overhead, import_time)"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'

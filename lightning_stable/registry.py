@@ -57,6 +57,55 @@ METHODS: tuple[Method, ...] = (
         paper="2410.10868",
         summary="Weight average whose coefficient balances stability and plasticity, for each tensor and step",
     ),
+    Method(
+        name="sam",
+        kind="callback",
+        class_path="lightning_stable.callbacks.sam.SAM",
+        paper="2010.01412, 2102.11600, 2203.02714, 2203.08065",
+        summary="Sharpness-aware minimisation (SAM, ASAM, LookSAM, GSAM), exact under automatic optimisation",
+    ),
+    Method(
+        name="saf",
+        kind="callback",
+        class_path="lightning_stable.callbacks.saf.SAF",
+        paper="2205.14083",
+        summary="Sharpness-aware training for free: stay near each sample's predictions of some epochs ago",
+    ),
+    Method(
+        name="mesa",
+        kind="callback",
+        class_path="lightning_stable.callbacks.mesa.MESA",
+        paper="2205.14083",
+        summary="Memory-efficient sharpness-aware training: stay near the predictions of averaged weights",
+    ),
+    Method(
+        name="stable_spam",
+        kind="callback",
+        class_path="lightning_stable.callbacks.stable_spam.StableSPAM",
+        paper="2502.17055",
+        summary="Adaptive clipping of gradient entries and norms, and moment reset, in front of any optimizer",
+    ),
+    Method(
+        name="spike_guard",
+        kind="callback",
+        class_path="lightning_stable.callbacks.spike_guard.SpikeGuard",
+        paper="2504.02507, 2204.02311",
+        summary="Skip or clip updates whose gradient norm or loss leaves a running robust band; rewind after several",
+    ),
+    Method(
+        name="orthograd",
+        kind="callback",
+        class_path="lightning_stable.callbacks.orthograd.OrthoGrad",
+        paper="2501.04697",
+        summary="Remove the part of each gradient along its weight, against growth that only scales the logits",
+    ),
+    Method(
+        name="softmax_collapse",
+        kind="callback",
+        class_path="lightning_stable.callbacks.softmax_collapse.SoftmaxCollapseMonitor",
+        paper="2501.04697",
+        summary="Watch how many samples have a loss of exactly zero in floating point, and so no gradient",
+    ),
 )
 
 

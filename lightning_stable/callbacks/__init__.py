@@ -5,9 +5,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_stable.callbacks.balanced_ema import BalancedEMA
     from lightning_stable.callbacks.ema import EMA
+    from lightning_stable.callbacks.mesa import MESA
+    from lightning_stable.callbacks.orthograd import OrthoGrad
+    from lightning_stable.callbacks.saf import SAF
+    from lightning_stable.callbacks.sam import SAM
+    from lightning_stable.callbacks.softmax_collapse import SoftmaxCollapseMonitor
+    from lightning_stable.callbacks.spike_guard import SpikeGuard
+    from lightning_stable.callbacks.stable_spam import StableSPAM
     from lightning_stable.callbacks.wsd import WarmupStableDecay
 
-__all__ = ["EMA", "BalancedEMA", "WarmupStableDecay"]
+__all__ = [
+    "EMA",
+    "MESA",
+    "SAF",
+    "SAM",
+    "BalancedEMA",
+    "OrthoGrad",
+    "SoftmaxCollapseMonitor",
+    "SpikeGuard",
+    "StableSPAM",
+    "WarmupStableDecay",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_stable.callbacks._evaluate import LoggedValue, evaluate_validation
-from lightning_stable.callbacks._host import MethodWrap, refuse_company, run_first
+from lightning_stable.callbacks._host import MethodWrap, refuse_company, refuse_sharded, run_first
 from lightning_stable.callbacks._settings import check_choice, parse_device, parse_floating_dtype
 from lightning_stable.callbacks._weights import WeightSwap, read_weights
 from lightning_stable.functional.ema import init_ema
@@ -84,11 +83,7 @@ class AveragedWeights(Callback, ABC):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            raise ValueError(  # noqa: TRY004  a setting that does not fit, not a wrong type
-                f"{type(self).__name__} does not work with {type(trainer.strategy).__name__}: its weights are sharded "
-                "over processes. Use a strategy that keeps whole weights, such as 'ddp' or a single device."
-            )
+        refuse_sharded(trainer, self, "its weights are sharded over processes")
         others = (AveragedWeights, WeightAveraging, StochasticWeightAveraging)
         refuse_company(trainer, self, others, "each would validate and finish with its own average")
         run_first(trainer, self)

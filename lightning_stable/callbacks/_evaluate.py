@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from lightning_stable.callbacks._host import MethodWrap
 
-__all__ = ["LoggedValue", "evaluate_validation"]
+__all__ = ["LoggedValue", "eval_mode", "evaluate_validation"]
 
 
 class LoggedValue(NamedTuple):
@@ -56,7 +56,7 @@ def evaluate_validation(trainer: Trainer, pl_module: LightningModule) -> dict[st
     recorder = _Recorder(several)
     wrap = MethodWrap(pl_module, "log", recorder.log)
     try:
-        with torch.no_grad(), isolate_rng(), _eval_mode(pl_module):
+        with torch.no_grad(), isolate_rng(), eval_mode(pl_module):
             pl_module.on_validation_start()
             pl_module.on_validation_epoch_start()
             for batch, batch_idx, dataloader_idx in iter(loaders):
@@ -166,7 +166,7 @@ def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any, dataloa
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Evaluate, and give each submodule its own train flag back."""
     flags = [(part, part.training) for part in module.modules()]
     module.eval()

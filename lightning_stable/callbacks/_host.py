@@ -1,11 +1,24 @@
 """Small pieces of glue to the host: a callback's place among the others, methods wrapped for the length of a fit."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.optim import Optimizer
 
-__all__ = ["MethodWrap", "refuse_company", "run_first", "run_last"]
+__all__ = [
+    "MethodWrap",
+    "refuse_company",
+    "refuse_iterator",
+    "refuse_manual",
+    "refuse_optimizer",
+    "refuse_sharded",
+    "run_first",
+    "run_last",
+]
 
 
 def run_first(trainer: Trainer, callback: Callback) -> None:
@@ -33,6 +46,43 @@ def refuse_company(trainer: Trainer, callback: Callback, others: tuple[type[Call
             )
 
 
+def refuse_sharded(trainer: Trainer, callback: Callback, why: str) -> None:
+    """Raise ``ValueError`` if the weights are sharded over processes."""
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        raise ValueError(  # noqa: TRY004  a setting that does not fit, not a wrong type
+            f"{type(callback).__name__} does not work with {type(trainer.strategy).__name__}: {why}. Use a strategy "
+            "that keeps whole weights, such as 'ddp' or a single device."
+        )
+
+
+def refuse_manual(pl_module: LightningModule, callback: Callback, why: str) -> None:
+    """Raise ``ValueError`` if the module steps its optimizers itself."""
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            f"{type(callback).__name__} does not work with manual optimisation, which {type(pl_module).__name__} asks "
+            f"for (automatic_optimization=False): {why}. Return the loss from training_step, with one optimizer."
+        )
+
+
+def refuse_iterator(pl_module: LightningModule, callback: Callback) -> None:
+    """Raise ``ValueError`` if the module's training step takes an iterator, which gives each batch once."""
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        raise ValueError(
+            f"{type(callback).__name__} runs batches a second time, and {type(pl_module).__name__}.training_step takes "
+            "dataloader_iter, which gives each once. Let it take batch and batch_idx."
+        )
+
+
+def refuse_optimizer(trainer: Trainer, callback: Callback, kind: type[Optimizer], why: str) -> None:
+    """Raise ``ValueError`` if one of the optimizers is of this kind."""
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, kind):
+            raise ValueError(  # noqa: TRY004  a setting that does not fit, not a wrong type
+                f"{type(callback).__name__} does not work with {type(optimizer).__name__}: {why}. Use an optimizer "
+                "that takes one gradient a step, such as SGD or AdamW."
+            )
+
+
 class MethodWrap:
     """A method of one object, wrapped until :meth:`undo`.
 
@@ -51,9 +101,12 @@ class MethodWrap:
         self._active = True
         original = getattr(target, name)
 
+        @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             return around(original, *args, **kwargs) if self._active else original(*args, **kwargs)
 
+        # The host looks through one wrap, to know from the signature what to pass.
+        cast(Any, wrapped).__wrapped__ = inspect.unwrap(original)
         self._wrapped = wrapped
         setattr(target, name, wrapped)
 

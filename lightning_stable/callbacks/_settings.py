@@ -1,14 +1,41 @@
 """Settings that callbacks take as strings, so that YAML can say them: checked, and turned into what torch takes."""
 
+import math
+
 import torch
 
-__all__ = ["check_choice", "parse_device", "parse_floating_dtype"]
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_not_negative",
+    "check_positive",
+    "parse_device",
+    "parse_floating_dtype",
+]
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, allowed))}.")
+
+
+def check_count(name: str, value: int, lowest: int, unit: str) -> None:
+    """Raise ``ValueError`` unless ``value`` is a whole number from ``lowest`` on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ValueError(f"{name}={value!r} is not a number of {unit} from {lowest} on.")
+
+
+def check_not_negative(name: str, value: float, meaning: str) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number from 0 on; ``meaning`` follows "it is"."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value!r} is not a finite number from 0 on: it is {meaning}.")
+
+
+def check_positive(name: str, value: float, meaning: str) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number above 0; ``meaning`` follows "it is"."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} is not a finite number above 0: it is {meaning}.")
 
 
 def parse_device(name: str | None) -> torch.device | None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from averages import assert_average, loss_of, parameters, validation
-from contract.harness import Net, SaveAt, Stream, assert_same, fit
+from contract.harness import OUTPUTS, Net, SaveAt, Stream, assert_same, fit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ def test_a_monitored_checkpoint_holds_the_weights_it_was_monitored_by(
 def test_both_sets_load_into_a_plain_module(tmp_path: Path) -> None:
     path = tmp_path / "cut.ckpt"
     run = fit([EMA(0.5), SaveAt(5, str(path))], validation=validation(), max_steps=8)
-    head = nn.Linear(8, 1)
+    head = nn.Linear(8, OUTPUTS)
     EMA.load_weights(path, "live", into=head, prefix="head.")
     assert torch.equal(head.weight, run.steps[4].weights["head.weight"])
     averaged = EMA.load_weights(path, "ema", into=Net())
@@ -99,7 +99,7 @@ def test_tied_weights_are_averaged_once_and_saved_under_both_names(tmp_path: Pat
     class Tied(Net):
         def __init__(self) -> None:
             super().__init__()
-            self.twin = nn.Linear(8, 1)
+            self.twin = nn.Linear(8, OUTPUTS)
             self.twin.weight = self.head.weight
 
     path = tmp_path / "tied.ckpt"
@@ -130,7 +130,7 @@ def test_resuming_another_module_is_a_clear_error(tmp_path: Path) -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.head = nn.Linear(8, 1, bias=False)
+            self.head = nn.Linear(8, OUTPUTS, bias=False)
 
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -227,10 +227,10 @@ def test_a_new_head_for_each_task_begins_a_new_average() -> None:
     callback, module = EMA(0.5, finish_with="live"), NewHead()
     fit([callback], module=module, max_steps=4, limit_val_batches=0)
     body = callback.state_dict()["shadow"]["body.0.weight"].clone()
-    module.head = nn.Linear(8, 3)
+    module.head = nn.Linear(8, OUTPUTS + 2)
     fit([callback], module=module, max_steps=1, limit_val_batches=0)
     shadow = callback.state_dict()["shadow"]
-    assert shadow["head.weight"].shape == (3, 8)
+    assert shadow["head.weight"].shape == (OUTPUTS + 2, 8)
     assert torch.allclose(shadow["body.0.weight"], 0.5 * body + 0.5 * module.body[0].weight)
 
 

@@ -23,7 +23,7 @@ class CliModule(LightningModule):
         self.log("val_loss", self.layer(batch[0]).pow(2).mean())
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=self.lr)
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
 class CliData(LightningDataModule):

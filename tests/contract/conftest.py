@@ -1,4 +1,4 @@
-"""Fixtures of the contracts: an empty working directory, and the one pair of processes."""
+"""Fixtures of the contracts: an empty working directory, and a process without a group."""
 
 import os
 from collections.abc import Iterator
@@ -6,14 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from contract.workers import Pair
-
-
-@pytest.fixture(scope="session")
-def workers() -> Iterator[Pair]:
-    pair = Pair()
-    yield pair
-    pair.stop()
 
 
 @pytest.fixture(autouse=True)

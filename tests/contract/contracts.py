@@ -91,7 +91,6 @@ def two_process_job(make_path: str) -> dict[str, Any]:
         val_check_interval=4,
         devices=2,
         strategy="ddp",
-        use_distributed_sampler=False,
     )
     return {**run.snapshot(), "steps": [step._asdict() for step in run.steps]}
 
@@ -143,11 +142,11 @@ def check_oracle(row: Row, how: str, tmp_path: Path) -> None:
 def check_any_module(row: Row, kind: str, tmp_path: Path) -> None:
     """The plugin has its effect on this kind of module, or says clearly that it does not work with it."""
 
-    def run(plugins: list[Any]) -> dict[str, Any]:
+    def run(plugins: list[Any]) -> tuple[dict[str, Any], set[str]]:
         torch.manual_seed(3)
         case = MODULES[kind]()
         before = copy.deepcopy(case.module.state_dict())
-        fit(
+        done = fit(
             plugins,
             module=case.module,
             train=case.train,
@@ -159,15 +158,19 @@ def check_any_module(row: Row, kind: str, tmp_path: Path) -> None:
         )
         assert differences(case.module.state_dict(), before), "the module did not train"
         assert is_finite(case.module), "weights are not finite"
-        return case.module.state_dict()
+        return case.module.state_dict(), {name for _, entry in done.logged for name in entry}
 
     if kind in row.settings.refused_modules:
         with pytest.raises(ValueError, match=row.settings.refused_modules[kind]) as caught:
             run([row.settings.make()])
         assert row.class_name in str(caught.value), f"the error does not name {row.class_name}: {caught.value}"
         return
-    ended, plain = run([row.settings.make()]), run([])
-    assert differences(ended, plain), f"{row.name} had no effect: the module ends as it does without it"
+    (ended, logged), (plain, usual) = run([row.settings.make()]), run([])
+    if row.settings.observer:
+        assert_same(ended, plain, f"{row.name}, which only reports, against nothing at all")
+        assert logged - usual, f"{row.name} reported nothing: only {sorted(usual)} were logged, as without it"
+    else:
+        assert differences(ended, plain), f"{row.name} had no effect: the module ends as it does without it"
 
 
 # ---------------------------------------------------------------------------------------------------- 9

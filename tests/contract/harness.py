@@ -1,78 +1,36 @@
-"""What the contracts run on: a deterministic stream, modules of several kinds, runs that compare bit by bit.
+"""What the contracts run on: modules of several kinds on a deterministic stream, runs that compare bit by bit.
 
 Nothing here knows a method by name. Weights and rates are recorded inside the optimizer, so that an oracle sees what
 training did without trusting any hook.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from contract.streams import BATCHES, FEATURES, EndlessStream, Stream
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-# Settings of a Trainer in a test: one process on the CPU, no files, no output.
+# Settings of a Trainer in a test: one process on the CPU, no files, no output, no other order than the stream's.
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
+    "use_distributed_sampler": False,
 }
-FEATURES = 6
-BATCHES = 6
-BATCH_SIZE = 8
-
-
-class Stream:
-    """A training loader whose batches follow from their number, and which knows how far it is.
-
-    Each process of a group takes every n-th sample of the same batch, so that two processes see what one sees.
-    """
-
-    def __init__(self, batches: int = BATCHES, seed: int = 0) -> None:
-        self.batches = batches
-        self.seed = seed
-        self.position = 0
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # A loop that knows the length stops at the last batch and never sees the end of the iterator.
-        self.position %= self.batches
-        while self.position < self.batches:
-            self.position += 1
-            yield self.batch(self.position - 1)
-
-    def batch(self, index: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(1000 * self.seed + index)
-        x = torch.randn(BATCH_SIZE, FEATURES, generator=generator)
-        y = torch.sin(x.sum(1, keepdim=True)) + 0.1 * torch.randn(BATCH_SIZE, 1, generator=generator)
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return x[rank::world], y[rank::world]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
-
-
-class EndlessStream(IterableDataset):
-    """A dataset without a length."""
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        stream = Stream()
-        while True:
-            yield from iter(stream)
+# Their sum with changing signs, scaled as if there were one, is the prediction: what lowers the loss moves a
+# distribution over them, which can also move when the loss does not.
+OUTPUTS = 3
 
 
 class Step(NamedTuple):
@@ -84,14 +42,15 @@ class Step(NamedTuple):
     weights: dict[str, Tensor]
 
 
-class RecordingSGD(torch.optim.SGD):
-    """SGD with momentum that remembers every step it takes."""
+class Recording(torch.optim.Optimizer):
+    """An optimizer that remembers every step it takes; the other base says which steps."""
 
-    def __init__(self, module: nn.Module, groups: list[dict[str, Any]]) -> None:
-        super().__init__(groups, momentum=0.9)
+    def watch(self, module: nn.Module, steps: list[Step]) -> "Recording":
+        """Remember what happens to this module, in this list."""
         self.module = module
-        self.steps: list[Step] = []
+        self.steps = steps
         self.unclipped: dict[str, Tensor] = {}
+        return self
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         before = _copies(self.module)
@@ -99,6 +58,14 @@ class RecordingSGD(torch.optim.SGD):
         rates = [float(group["lr"]) for group in self.param_groups]
         self.steps.append(Step(rates, before, self.unclipped, _copies(self.module)))
         return result
+
+
+class RecordingSGD(Recording, torch.optim.SGD):
+    pass
+
+
+class RecordingAdam(Recording, torch.optim.Adam):
+    pass
 
 
 class Net(LightningModule):
@@ -110,13 +77,14 @@ class Net(LightningModule):
         self.body = nn.Sequential(
             nn.Linear(FEATURES, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh(), nn.Dropout(dropout)
         )
-        self.head = nn.Linear(8, 1)
+        self.head = nn.Linear(8, OUTPUTS)
         self.rates = rates
         self.steps: list[Step] = []
         self.fail_at: tuple[str, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
+        outputs = self.head(self.body(x))
+        return (outputs[:, ::2].sum(1, keepdim=True) - outputs[:, 1::2].sum(1, keepdim=True)) / OUTPUTS**0.5
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch
@@ -146,10 +114,8 @@ class Net(LightningModule):
             {"params": list(self.body.parameters()), "lr": self.rates[0]},
             {"params": list(self.head.parameters()), "lr": self.rates[1]},
         ]
-        optimizer = RecordingSGD(self, groups)
         # The same list over several fits: what was recorded outlives the Trainer's optimizers.
-        optimizer.steps = self.steps
-        return optimizer
+        return RecordingSGD(groups, momentum=0.9).watch(self, self.steps)
 
     def _maybe_fail(self, where: str) -> None:
         if self.fail_at == (where, self.trainer.global_step) and not self.trainer.sanity_checking:
@@ -161,6 +127,13 @@ class DictNet(Net):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
         return {"loss": super().training_step(batch, batch_idx), "extra": batch[0].mean()}
+
+
+class AdamNet(Net):
+    """Trains with Adam, at one rate."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return RecordingAdam(self.parameters(), lr=0.01).watch(self, self.steps)
 
 
 class ManualNet(Net):
@@ -194,14 +167,17 @@ class TwoOptimizerNet(Net):
             optimizer.step()
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(part.parameters(), lr=0.05) for part in (self.body, self.head)]
+        return [torch.optim.SGD(part.parameters(), lr=0.05, momentum=0.5) for part in (self.body, self.head)]
 
 
 class PlainBoring(BoringModel):
-    """Lightning's own example module, without its scheduler."""
+    """Lightning's own example module, without its scheduler, and with epochs as short as those of the others."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(RandomDataset(32, BATCHES))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)
 
 
 class Case(NamedTuple):
@@ -361,7 +337,8 @@ def assert_same(left: Any, right: Any, what: str, tolerance: float = 0.0) -> Non
 def _tensor_differences(left: Tensor, right: Tensor, path: str, tolerance: float) -> list[str]:
     if left.shape != right.shape or left.dtype != right.dtype:
         return [f"{path}: {left.dtype} {tuple(left.shape)} against {right.dtype} {tuple(right.shape)}"]
-    if tolerance and left.is_floating_point():
+    if left.is_floating_point():
+        # Without a tolerance nothing but equal numbers is close; what is no number on both sides is the same.
         same = torch.allclose(left, right, rtol=tolerance, atol=tolerance, equal_nan=True)
     else:
         same = torch.equal(left, right)

@@ -20,6 +20,7 @@ class Settings:
         make: The plugin with settings that make its effect visible within :data:`STEPS` optimizer steps.
         oracle: Recomputes from the recorded steps what the plugin should have done, and asserts that it did.
         identities: The plugin at each setting that changes nothing; none with a reason in ``expected_failures``.
+        observer: The plugin changes nothing and only reports: its effect is what it logs.
         ask: What a user may ask of the plugin in the middle of a fit, and which has to be over with that fit.
         refused_modules: Kinds of module (keys of ``harness.MODULES``) that give a clear error, with a pattern of it.
         conflicts: Names of methods that cannot be in the same Trainer, with a pattern of the error.
@@ -30,6 +31,7 @@ class Settings:
     make: Callable[[], Any]
     oracle: Callable[[Run, Any], None]
     identities: tuple[Callable[[], Any], ...]
+    observer: bool = False
     ask: Callable[[Any], None] | None = None
     refused_modules: dict[str, str] = field(default_factory=dict)
     conflicts: dict[str, str] = field(default_factory=dict)

@@ -5,70 +5,46 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import pytest
-from contract.harness import Run
+from contract import oracle_checks
 from contract.rows import STEPS, Row, Settings
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import Strategy
-from oracles.averaging_twin import BalancedAverage, ema
-from oracles.wsd_twin import curve
+from oracles.sam_twin import SharedSAM
 from torchmetrics import Metric
 
 from lightning_stable import registry
-from lightning_stable.callbacks import EMA, BalancedEMA, WarmupStableDecay
+from lightning_stable.callbacks import (
+    EMA,
+    MESA,
+    SAF,
+    SAM,
+    BalancedEMA,
+    OrthoGrad,
+    SoftmaxCollapseMonitor,
+    SpikeGuard,
+    StableSPAM,
+    WarmupStableDecay,
+)
 
 ROOT = Path(__file__).parents[2]
 # The rooms whose public classes are methods.
 ROOMS = ("callbacks", "strategies", "precision", "peft", "metrics")
 
-
-def _flat(weights: dict[str, Any]) -> list[list[float]]:
-    return [value.double().flatten().tolist() for value in weights.values()]
-
-
-def _assert_module_is(run: Run, expected: list[list[float]], what: str) -> None:
-    for (name, value), twin in zip(run.module.named_parameters(), expected, strict=True):
-        found = value.detach().double().flatten().tolist()
-        assert found == pytest.approx(twin, rel=1e-4, abs=1e-6), f"{what}: {name} is not what the twin says"
-
-
-WSD: dict[str, Any] = {"warmup": 2, "decay": 3, "shape": "inverse", "min_ratio": 0.1, "budgets": [6, 10]}
-
-
-def _wsd_oracle(run: Run, plugin: WarmupStableDecay) -> None:
-    factors = curve(STEPS, STEPS, WSD["warmup"], WSD["decay"], WSD["shape"], WSD["min_ratio"], WSD["budgets"])
-    for step, factor in zip(run.steps, factors, strict=True):
-        assert step.rates == pytest.approx([peak * factor for peak in run.module.rates], rel=1e-9)
-
-
-def _ema_oracle(run: Run, plugin: EMA) -> None:
-    # Begins after step 3, then every second step; the module ends on the average.
-    history = [run.steps[2].weights, *(run.steps[step - 1].weights for step in range(4, STEPS + 1, 2))]
-    _assert_module_is(run, ema([_flat(weights) for weights in history], 0.8, "power"), "EMA")
-    assert plugin.updates == len(history) - 1
-
-
-def _balanced_ema_oracle(run: Run, plugin: BalancedEMA) -> None:
-    twin = BalancedAverage(_flat(run.steps[0].before), form="derived", fallback=0.7)
-    for step in run.steps:
-        twin.update(_flat(step.weights), _flat(step.before), _flat(step.gradients))
-    _assert_module_is(run, twin.shadow, "BalancedEMA")
-
-
 _ONE_AVERAGE = "would validate and finish with its own average"
+_MANUAL = "does not work with manual optimisation"
 
 SETTINGS: dict[str, Settings] = {
     "wsd": Settings(
-        make=lambda: WarmupStableDecay(**WSD),
-        oracle=_wsd_oracle,
+        make=lambda: WarmupStableDecay(**oracle_checks.WSD),
+        oracle=oracle_checks.wsd,
         identities=(lambda: WarmupStableDecay(warmup=0, decay=0),),
         ask=lambda plugin: plugin.decay_now(3),
         refused_modules={"two optimizers": "does not work with 2 optimizers"},
     ),
     "ema": Settings(
         make=lambda: EMA(decay=0.8, warmup="power", every_n_steps=2, start_step=3, validate_with="both"),
-        oracle=_ema_oracle,
+        oracle=oracle_checks.averaged,
         identities=(
             lambda: EMA(decay=0.8, validate_with="live", finish_with="live"),
             # An average that is the live weights at each step, validated and finished with.
@@ -78,10 +54,65 @@ SETTINGS: dict[str, Settings] = {
     ),
     "balanced_ema": Settings(
         make=lambda: BalancedEMA(form="derived", fallback_decay=0.7),
-        oracle=_balanced_ema_oracle,
+        oracle=oracle_checks.balanced,
         identities=(lambda: BalancedEMA(validate_with="live", finish_with="live"),),
         refused_modules={"two optimizers": "does not work with 2 optimizers"},
         conflicts={"ema": _ONE_AVERAGE},
+    ),
+    "sam": Settings(
+        make=lambda: SAM(**oracle_checks.SHARP),
+        oracle=oracle_checks.sam,
+        # Every perturbation changes something; one that would begin after the end does not.
+        identities=(lambda: SAM(start_step=10 * STEPS),),
+        refused_modules={"manual": _MANUAL, "two optimizers": _MANUAL},
+        # Each process climbs along the gradient of its own samples.
+        twin=lambda: SharedSAM(**oracle_checks.SHARP),
+    ),
+    "saf": Settings(
+        make=lambda: SAF(**oracle_checks.SAF_SETTINGS),
+        oracle=oracle_checks.saf,
+        identities=(
+            lambda: SAF(**{**oracle_checks.SAF_SETTINGS, "lam": 0.0}),
+            # Records from the first epoch on, to be used after the end.
+            lambda: SAF(**{**oracle_checks.SAF_SETTINGS, "start_epoch": STEPS, "lag_epochs": STEPS}),
+        ),
+        refused_modules={"manual": _MANUAL, "two optimizers": _MANUAL, "iterable": "needs a map-style dataset"},
+    ),
+    "mesa": Settings(
+        make=lambda: MESA(**oracle_checks.MESA_SETTINGS),
+        oracle=oracle_checks.mesa,
+        identities=(
+            lambda: MESA(**{**oracle_checks.MESA_SETTINGS, "lam": 0.0}),
+            # An average from the first step on, to be used after the end.
+            lambda: MESA(**{**oracle_checks.MESA_SETTINGS, "start_epoch": STEPS}),
+        ),
+        refused_modules={"manual": _MANUAL, "two optimizers": _MANUAL},
+    ),
+    "stable_spam": Settings(
+        make=lambda: StableSPAM(**oracle_checks.STABLE_SPAM),
+        oracle=oracle_checks.stable_spam,
+        identities=(lambda: StableSPAM(clip=False, norm=None, reset_every_n_steps=None),),
+    ),
+    "spike_guard": Settings(
+        make=lambda: SpikeGuard(**oracle_checks.GUARD),
+        oracle=oracle_checks.spike_guard,
+        identities=(
+            # So high a limit that only what is not finite would be above it.
+            lambda: SpikeGuard(threshold=1e9, warmup_steps=3, window=6),
+            lambda: SpikeGuard(action="clip", threshold=1e9, warmup_steps=3, window=6, rewind_after=2),
+        ),
+    ),
+    "orthograd": Settings(
+        make=OrthoGrad,
+        oracle=oracle_checks.orthograd,
+        identities=(),
+        expected_failures={"inert": "It has no settings, so none at which it changes nothing."},
+    ),
+    "softmax_collapse": Settings(
+        make=lambda: SoftmaxCollapseMonitor(**oracle_checks.MONITOR),
+        oracle=oracle_checks.softmax_collapse,
+        identities=(lambda: SoftmaxCollapseMonitor(**oracle_checks.MONITOR),),
+        observer=True,
     ),
 }
 

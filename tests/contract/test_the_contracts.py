@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from contract import broken, contracts, settings
 from contract.broken import row
-from contract.contracts import HEADINGS, MOMENTS, Row
+from contract.contracts import HEADINGS, MOMENTS, PRECISIONS, STEPS, Row
 from contract.harness import Net, Stream, assert_same, fit
 from contract.workers import Pair
+from oracles.replay import Replay
 
 from lightning_stable import registry
 from lightning_stable.registry import Method
@@ -37,6 +39,51 @@ def test_the_harness_itself_repeats_exactly() -> None:
     one = fit([], validation=Stream(2, seed=5), max_steps=4)
     two = fit([], module=Net(), validation=Stream(2, seed=5), max_steps=4)
     assert_same(one.snapshot(), two.snapshot(), "two runs of nothing")
+
+
+def test_the_stream_repeats_resumes_and_leaves_the_random_numbers_alone() -> None:
+    stream, before = Stream(), torch.get_rng_state()
+    first, second = list(stream), list(stream)
+    assert_same(first, second, "two epochs")
+    assert_same([tuple(batch) for batch in first], [stream.batch(index) for index in range(6)], "batches by number")
+    assert torch.equal(torch.get_rng_state(), before)
+    # The host stops at the last batch without seeing the end.
+    for _ in zip(range(4), stream, strict=False):
+        pass
+    resumed = Stream()
+    resumed.load_state_dict(stream.state_dict())
+    assert_same(list(resumed), first[4:], "the rest of the epoch")
+
+
+def test_the_stream_draws_from_the_batch_sampler_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(3)
+    monkeypatch.setitem(vars(stream), "batch_sampler", [[5, 1], [2]])
+    assert_same([x for x, _ in stream], [stream.dataset[[5, 1]][0], stream.dataset[[2]][0]], "samples")
+
+
+def test_processes_share_each_batch_and_exchange_samples_from_epoch_to_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        order = Stream(2).order
+        seen[rank] = [list(order) for _ in range(3)]
+    assert seen[0][0] == [[0, 2, 4, 6], [8, 10, 12, 14]]
+    assert seen[1][0] == [[1, 3, 5, 7], [9, 11, 13, 15]]
+    assert (seen[0][1], seen[1][1]) == (seen[1][0], seen[0][0])
+    assert (seen[0][2], seen[1][2]) == (seen[0][0], seen[1][0])
+
+
+@pytest.mark.parametrize("how", PRECISIONS)
+def test_the_replay_gives_the_gradients_and_buffers_of_the_run(how: str) -> None:
+    run = fit([], validation=Stream(2, seed=5), max_steps=STEPS, **PRECISIONS[how])
+    replay = Replay(run)
+    for replayed in replay:
+        assert_same(replayed.gradients(), replayed.step.gradients, f"gradients of step {replayed.number}", 1e-6)
+        logged = [e["train_loss"] for number, e in run.logged if number == replayed.number and "train_loss" in e]
+        assert replayed.losses()[-1] == pytest.approx(logged[-1], rel=1e-6), "the last micro-batch's loss is logged"
+    assert_same(dict(replay.module.named_buffers()), dict(run.module.named_buffers()), "buffers", 1e-6)
 
 
 @pytest.mark.parametrize("plugin", [broken.ForgetsItsState, broken.LogsItsMemory])
@@ -163,6 +210,15 @@ def test_08_any_module_bites(tmp_path: Path) -> None:
         contracts.check_any_module(unclear, "manual", tmp_path)
     with pytest.raises(ValueError, match="this does not work"):
         contracts.check_any_module(row(broken.RefusesUnclearly), "manual", tmp_path)
+
+
+def test_08_any_module_bites_on_an_observer(tmp_path: Path) -> None:
+    for kind in ("dict", "boring", "manual", "two optimizers"):
+        contracts.check_any_module(row(broken.LogsItsMemory, observer=True), kind, tmp_path)
+    with pytest.raises(BITES, match="which only reports, against nothing"):
+        contracts.check_any_module(row(broken.Honest, observer=True), "dict", tmp_path)
+    with pytest.raises(BITES, match="reported nothing"):
+        contracts.check_any_module(row(broken.DoesNothing, observer=True), "dict", tmp_path)
 
 
 def test_09_safe_load_bites(tmp_path: Path) -> None:

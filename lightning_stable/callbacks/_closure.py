@@ -1,0 +1,132 @@
+"""Run forward and backward of one optimizer step again, with other weights, beside the host's own pass.
+
+The host runs the passes of a step within the closure that it gives to ``LightningModule.optimizer_step``. Wrapping that
+method on the instance puts another closure in its place: everything after it (unscaling, hooks, clipping, the update)
+stays the host's and runs once. Micro-batches that are accumulated run before it, straight from the host's loop, so a
+wrap around ``training_step`` remembers what each was called with and the random numbers it began with.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary, WeakSet
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ParallelStrategy
+from torch.optim import Optimizer
+
+from lightning_stable.callbacks._host import MethodWrap
+from lightning_stable.callbacks._quiet import QuietPass, RandomState, is_quiet
+
+__all__ = ["RepeatableStep", "may_repeat", "repeated_batch"]
+
+# Modules whose training step runs again at present, with the number of the micro-batch.
+_repeating: WeakKeyDictionary[LightningModule, int] = WeakKeyDictionary()
+
+# Modules whose steps are handed over at present.
+_repeatable: WeakSet[LightningModule] = WeakSet()
+
+
+def may_repeat(pl_module: LightningModule) -> bool:
+    """Tell whether a training step of this module may run again before its optimizer step is over."""
+    return pl_module in _repeatable
+
+
+def repeated_batch(pl_module: LightningModule) -> int | None:
+    """Return which micro-batch of its optimizer step, from 0, runs again at present; ``None`` in a first pass."""
+    return _repeating.get(pl_module)
+
+
+class _MicroBatch(NamedTuple):
+    """What one call of the training step began with."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    random: RandomState
+
+
+class RepeatableStep:
+    """Hands each optimizer step of a module to a function that may run its passes again.
+
+    Args:
+        trainer: The Trainer, in a fit.
+        pl_module: Its module, under automatic optimisation.
+        wanted: Tells whether the coming optimizer step is to be handed over.
+        run: Called within the closure that the host calls, with this object, the optimizer and the host's own closure;
+            returns the loss.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        wanted: Callable[[], bool],
+        run: Callable[["RepeatableStep", Optimizer, Callable[[], Any]], Any],
+    ) -> None:
+        self._trainer = trainer
+        self._module = pl_module
+        self._wanted = wanted
+        self._run = run
+        self._quiet = QuietPass()
+        self._batches: list[_MicroBatch] = []
+        _repeatable.add(pl_module)
+        self._wraps = [
+            MethodWrap(pl_module, "training_step", self._remember),
+            MethodWrap(pl_module, "optimizer_step", self._around_optimizer_step),
+        ]
+
+    def undo(self) -> None:
+        """Take the wraps off."""
+        _repeatable.discard(self._module)
+        for wrap in reversed(self._wraps):
+            wrap.undo()
+        self._batches = []
+
+    def unsynchronised(self) -> AbstractContextManager[None]:
+        """Return a context in which processes do not average gradients."""
+        strategy = self._trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+    def repeat(self) -> None:
+        """Compute the gradient of all micro-batches of this step anew, at the weights as they are now.
+
+        Gradients are those of this pass alone, averaged over processes. Dropout draws the same masks; logs, metrics,
+        buffers and other callbacks see nothing of it.
+        """
+        trainer, module = cast(Any, self._trainer), self._module
+        module.zero_grad()
+        callbacks, trainer.callbacks = trainer.callbacks, []
+        try:
+            with self._quiet(module):
+                for number, batch in enumerate(self._batches):
+                    _repeating[module] = number
+                    batch.random.restore(module.device)
+                    last = number == len(self._batches) - 1
+                    with nullcontext() if last else self.unsynchronised():
+                        self._backward(trainer.strategy.training_step(*batch.arguments, **batch.keywords))
+        finally:
+            _repeating.pop(module, None)
+            trainer.callbacks = callbacks
+
+    def _backward(self, output: Any) -> None:
+        """Go backward from what a training step returned, as the host does."""
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if loss is not None:
+            self._trainer.strategy.backward(loss / self._trainer.accumulate_grad_batches, None)
+
+    def _remember(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand in for ``training_step``."""
+        if not is_quiet(self._module) and self._wanted():
+            self._batches.append(_MicroBatch(args, kwargs, RandomState.capture(self._module.device)))
+        return original(*args, **kwargs)
+
+    def _around_optimizer_step(
+        self, original: Callable[..., Any], epoch: int, batch_idx: int, optimizer: Any, closure: Callable[[], Any]
+    ) -> Any:
+        """Stand in for ``optimizer_step``."""
+        try:
+            if not self._wanted():
+                return original(epoch, batch_idx, optimizer, closure)
+            return original(epoch, batch_idx, optimizer, lambda: self._run(self, optimizer, closure))
+        finally:
+            self._batches = []

@@ -1,0 +1,125 @@
+"""Run a module's training step beside the one that counts: nothing is logged, counted or left behind by it."""
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_stable.callbacks._host import MethodWrap
+
+__all__ = ["QuietPass", "RandomState", "is_quiet"]
+
+# Modules in a quiet pass at present.
+_quiet: WeakSet[LightningModule] = WeakSet()
+
+
+def is_quiet(pl_module: LightningModule) -> bool:
+    """Tell whether the training step that runs is one beside those that count, and not to be recorded."""
+    return pl_module in _quiet
+
+
+class RandomState(NamedTuple):
+    """The state of the random number generators that a training step may draw from.
+
+    Attributes:
+        cpu: torch's default generator.
+        device: The current CUDA device's generator, if the module is on one.
+        python: Python's ``random``.
+        numpy: NumPy's global generator, if NumPy is loaded.
+    """
+
+    cpu: Tensor
+    device: Tensor | None
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def capture(cls, device: torch.device) -> "RandomState":
+        """Read the present state."""
+        numpy = sys.modules.get("numpy")
+        return cls(
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            random.getstate(),
+            None if numpy is None else numpy.random.get_state(),
+        )
+
+    def restore(self, device: torch.device) -> None:
+        """Put the generators back to it."""
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            torch.cuda.set_rng_state(self.device, device)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+
+class QuietPass:
+    """What makes a further pass through a LightningModule leave no trace.
+
+    ``self.log`` does nothing, torchmetrics are stood in for by clones, and buffers and random numbers are afterwards
+    what they were before. Gradients are the caller's.
+    """
+
+    def __init__(self) -> None:
+        # By identity, beside the metric itself: a metric's own hash follows its state.
+        self._clones: dict[int, tuple[Metric | MetricCollection, Metric | MetricCollection]] = {}
+
+    @contextmanager
+    def __call__(self, pl_module: LightningModule) -> Iterator[None]:
+        """Make what runs inside quiet."""
+        random_state = RandomState.capture(pl_module.device)
+        wraps = [MethodWrap(pl_module, name, _nothing) for name in ("log", "on_before_backward", "on_after_backward")]
+        metrics = list(_metrics(pl_module))
+        buffers = [
+            (part, name, buffer, buffer.detach().clone())
+            for part in pl_module.modules()
+            for name, buffer in part.named_buffers(recurse=False)
+        ]
+        outermost = pl_module not in _quiet
+        _quiet.add(pl_module)
+        try:
+            for parent, name, metric in metrics:
+                setattr(parent, name, self._clone(metric))
+            yield
+        finally:
+            if outermost:
+                _quiet.discard(pl_module)
+            for parent, name, metric in metrics:
+                setattr(parent, name, metric)
+            for wrap in reversed(wraps):
+                wrap.undo()
+            with torch.no_grad():
+                for part, name, buffer, value in buffers:
+                    buffer.copy_(value)
+                    if getattr(part, name) is not buffer:
+                        setattr(part, name, buffer)  # the module put another tensor in its place
+            random_state.restore(pl_module.device)
+
+    def _clone(self, metric: Metric | MetricCollection) -> Metric | MetricCollection:
+        """Return the stand-in for a metric, made once and empty each time."""
+        if id(metric) not in self._clones:
+            self._clones[id(metric)] = (metric, metric.clone())
+        clone = self._clones[id(metric)][1]
+        clone.reset()
+        return clone
+
+
+def _nothing(original: Any, *args: Any, **kwargs: Any) -> None:
+    """Stand in for a method that has nothing to do in a quiet pass."""
+
+
+def _metrics(module: nn.Module) -> Iterator[tuple[nn.Module, str, Metric | MetricCollection]]:
+    """Yield the outermost metrics within a module, with their place."""
+    for name, child in module.named_children():
+        if isinstance(child, (Metric, MetricCollection)):
+            yield module, name, child
+        else:
+            yield from _metrics(child)
