@@ -104,7 +104,7 @@ METHODS: tuple[Method, ...] = (
         kind="callback",
         class_path="lightning_stable.callbacks.softmax_collapse.SoftmaxCollapseMonitor",
         paper="2501.04697",
-        summary="Watch how many samples have a loss of exactly zero in floating point, and so no gradient",
+        summary="Watch how many samples have a loss of exactly zero in floating point, and hardly a gradient",
     ),
 )
 

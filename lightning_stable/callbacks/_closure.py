@@ -6,12 +6,12 @@ stays the host's and runs once. Micro-batches that are accumulated run before it
 wrap around ``training_step`` remembers what each was called with and the random numbers it began with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary, WeakSet
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.optim import Optimizer
 
@@ -35,6 +35,10 @@ def may_repeat(pl_module: LightningModule) -> bool:
 def repeated_batch(pl_module: LightningModule) -> int | None:
     """Return which micro-batch of its optimizer step, from 0, runs again at present; ``None`` in a first pass."""
     return _repeating.get(pl_module)
+
+
+def _nothing(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Stand in for a hook that has run in the first pass."""
 
 
 class _MicroBatch(NamedTuple):
@@ -82,6 +86,10 @@ class RepeatableStep:
             wrap.undo()
         self._batches = []
 
+    def forget(self) -> None:
+        """Forget the micro-batches: those of a step that was never taken are not of the next one."""
+        self._batches = []
+
     def unsynchronised(self) -> AbstractContextManager[None]:
         """Return a context in which processes do not average gradients."""
         strategy = self._trainer.strategy
@@ -93,9 +101,16 @@ class RepeatableStep:
         Gradients are those of this pass alone, averaged over processes. Dropout draws the same masks; logs, metrics,
         buffers and other callbacks see nothing of it.
         """
-        trainer, module = cast(Any, self._trainer), self._module
+        trainer, module = self._trainer, self._module
         module.zero_grad()
-        callbacks, trainer.callbacks = trainer.callbacks, []
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad()  # it may train what is not the module's
+        muted = [
+            MethodWrap(callback, name, _nothing)
+            for callback in cast(Any, trainer).callbacks
+            for name in ("on_before_backward", "on_after_backward")
+            if getattr(type(callback), name) is not getattr(Callback, name)
+        ]
         try:
             with self._quiet(module):
                 for number, batch in enumerate(self._batches):
@@ -106,11 +121,12 @@ class RepeatableStep:
                         self._backward(trainer.strategy.training_step(*batch.arguments, **batch.keywords))
         finally:
             _repeating.pop(module, None)
-            trainer.callbacks = callbacks
+            for wrap in reversed(muted):
+                wrap.undo()
 
     def _backward(self, output: Any) -> None:
         """Go backward from what a training step returned, as the host does."""
-        loss = output.get("loss") if isinstance(output, dict) else output
+        loss = output.get("loss") if isinstance(output, Mapping) else output
         if loss is not None:
             self._trainer.strategy.backward(loss / self._trainer.accumulate_grad_batches, None)
 

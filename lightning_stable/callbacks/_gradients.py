@@ -4,16 +4,20 @@ import weakref
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
-from lightning_stable.callbacks._host import refuse_optimizer, refuse_sharded
+from lightning_stable.callbacks._host import (
+    gradient_scaler,
+    refuse_optimizer,
+    refuse_sharded,
+    refuse_unusual_gradient,
+)
 
-__all__ = ["GradientTransform", "OptimizerStep", "gradient_scaler"]
+__all__ = ["GradientTransform", "OptimizerStep"]
 
 
 class OptimizerStep(NamedTuple):
@@ -120,7 +124,8 @@ class GradientTransform(Callback, ABC):
         named = self._named_parameters(pl_module, optimizer, key)
         parameters = {name: parameter for name, parameter in named.items() if parameter.grad is not None}
         for name, parameter in parameters.items():
-            self._refuse_unusual(name, parameter)
+            if parameter.grad is not None:
+                refuse_unusual_gradient(self, name, parameter.grad)
         if parameters:
             self._transform(OptimizerStep(trainer, pl_module, optimizer, key, parameters))
 
@@ -149,26 +154,6 @@ class GradientTransform(Callback, ABC):
             for place, parameter in enumerate(parameters)
         }
 
-    def _refuse_unusual(self, name: str, parameter: Tensor) -> None:
-        """Raise ``ValueError`` if a gradient is sparse or complex."""
-        gradient = parameter.grad
-        if gradient is not None and gradient.layout != torch.strided:
-            raise ValueError(
-                f"{type(self).__name__} does not work with sparse gradients, and that of {name!r} is one. Build the "
-                "embedding with sparse=False."
-            )
-        if gradient is not None and gradient.is_complex():
-            raise ValueError(
-                f"{type(self).__name__} does not work with complex gradients, and that of {name!r} is one. Keep the "
-                "parameter as two real ones, as torch.view_as_real gives them."
-            )
-
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only means something in this process."""
         return {**vars(self), "_module": None, "_names": {}}
-
-
-def gradient_scaler(trainer: Trainer) -> Any:
-    """Return the gradient scaler of a run in half precision, ``None`` in every other run."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler if scaler is not None and scaler.is_enabled() else None

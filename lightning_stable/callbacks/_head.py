@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torchmetrics import Metric
 
 from lightning_stable.callbacks._quiet import is_quiet
 
@@ -170,6 +171,7 @@ def _nodes(loss: Tensor) -> set[Any]:
 
 def _list_names(module: nn.Module, linears: dict[str, nn.Module]) -> str:
     """Name the candidates: the linear layers, or where there are none, all parts that have no parts."""
-    names = list(linears) or [name for name, part in module.named_modules() if name and not list(part.children())]
+    leaves = {name: part for name, part in module.named_modules() if name and not list(part.children())}
+    names = list(linears or {name: part for name, part in leaves.items() if not isinstance(part, Metric)})
     shown = ", ".join(map(repr, names[-_MOST_NAMES:])) or "none"
     return f"Candidates{f' (the last {_MOST_NAMES})' if len(names) > _MOST_NAMES else ''}: {shown}."

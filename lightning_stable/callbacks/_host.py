@@ -5,17 +5,21 @@ import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
 from torch.optim import Optimizer
 
 __all__ = [
     "MethodWrap",
+    "gradient_scaler",
     "refuse_company",
     "refuse_iterator",
     "refuse_manual",
     "refuse_optimizer",
     "refuse_sharded",
+    "refuse_unusual_gradient",
     "run_first",
     "run_last",
 ]
@@ -83,6 +87,26 @@ def refuse_optimizer(trainer: Trainer, callback: Callback, kind: type[Optimizer]
             )
 
 
+def refuse_unusual_gradient(callback: Callback, name: str, gradient: Tensor) -> None:
+    """Raise ``ValueError`` if a gradient is sparse or complex."""
+    if gradient.layout != torch.strided:
+        raise ValueError(
+            f"{type(callback).__name__} does not work with sparse gradients, and that of {name!r} is one. Build the "
+            "embedding with sparse=False."
+        )
+    if gradient.is_complex():
+        raise ValueError(
+            f"{type(callback).__name__} does not work with complex gradients, and that of {name!r} is one. Keep the "
+            "parameter as two real ones, as torch.view_as_real gives them."
+        )
+
+
+def gradient_scaler(trainer: Trainer) -> Any:
+    """Return the gradient scaler of a run in half precision, ``None`` in every other run."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
 class MethodWrap:
     """A method of one object, wrapped until :meth:`undo`.
 
@@ -107,15 +131,16 @@ class MethodWrap:
 
         # The host looks through one wrap, to know from the signature what to pass.
         cast(Any, wrapped).__wrapped__ = inspect.unwrap(original)
-        self._wrapped = wrapped
+        cast(Any, wrapped).method_wrap = self
         setattr(target, name, wrapped)
 
     def undo(self) -> None:
-        """Put the method back as it was."""
+        """Put the method back as it was, once the wraps that cover this one are undone, too."""
         self._active = False
-        if vars(self._target).get(self._name) is not self._wrapped:
-            return
-        if self._before is None:
-            delattr(self._target, self._name)
-        else:
-            setattr(self._target, self._name, self._before)
+        present = vars(self._target).get(self._name)
+        while isinstance(wrap := getattr(present, "method_wrap", None), MethodWrap) and not wrap._active:
+            present = wrap._before
+            if present is None:
+                delattr(self._target, self._name)
+            else:
+                setattr(self._target, self._name, present)

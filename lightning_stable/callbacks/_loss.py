@@ -1,10 +1,12 @@
 """What callbacks that add a differentiable term to the training loss share."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -78,6 +80,17 @@ class LossTerm(Callback, ABC):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._prepared, self._last_step = [], trainer.global_step
+        last = _last_epoch(trainer)
+        if self.lam != 0 and last < self.start_epoch and not cast(Any, trainer).fast_dev_run:
+            rank_zero_warn(
+                f"{type(self).__name__} will add nothing: start_epoch={self.start_epoch}, and training ends in epoch "
+                f"{last}, counted from 0. Set start_epoch lower, or train longer."
+            )
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._prepared = []  # what an epoch that was cut within a step has left
 
     @override
     def on_train_batch_end(
@@ -120,7 +133,14 @@ class LossTerm(Callback, ABC):
         if not isinstance(loss, Tensor):
             return output  # a skipped step, or what the host refuses
         self._tap.resolve(record, loss, pl_module)
-        term = self._term(trainer, pl_module, self._tap.logits(record), prepared)
+        logits = self._tap.logits(record)
+        if logits.shape[-1] < 2:
+            raise ValueError(
+                f"{type(self).__name__}: the logits of {self._tap.name!r} have the shape {tuple(logits.shape)}, and a "
+                "distribution over one class cannot change. Name a submodule with an output for each of several "
+                "classes, classes last, with the argument logits."
+            )
+        term = self._term(trainer, pl_module, logits, prepared)
         if term is None:
             return output
         term = self.lam * term
@@ -139,3 +159,12 @@ class LossTerm(Callback, ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only means something in this process."""
         return {**vars(self), "_wrap": None, "_tap": HeadTap(type(self).__name__, self.logits)}
+
+
+def _last_epoch(trainer: Trainer) -> float:
+    """Return the epoch, counted from 0, in which training will end at the latest; infinity if that is not known."""
+    epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else math.inf
+    batches = float(trainer.num_training_batches)
+    if trainer.max_steps >= 0 and 0 < batches < math.inf:
+        epochs = min(epochs, math.ceil(trainer.max_steps / math.ceil(batches / trainer.accumulate_grad_batches)))
+    return epochs - 1

@@ -76,7 +76,6 @@ class QuietPass:
     def __call__(self, pl_module: LightningModule) -> Iterator[None]:
         """Make what runs inside quiet."""
         random_state = RandomState.capture(pl_module.device)
-        wraps = [MethodWrap(pl_module, name, _nothing) for name in ("log", "on_before_backward", "on_after_backward")]
         metrics = list(_metrics(pl_module))
         buffers = [
             (part, name, buffer, buffer.detach().clone())
@@ -85,23 +84,20 @@ class QuietPass:
         ]
         outermost = pl_module not in _quiet
         _quiet.add(pl_module)
+        wraps = [MethodWrap(pl_module, name, _nothing) for name in ("log", "on_before_backward", "on_after_backward")]
         try:
             for parent, name, metric in metrics:
                 setattr(parent, name, self._clone(metric))
             yield
         finally:
+            random_state.restore(pl_module.device)
             if outermost:
                 _quiet.discard(pl_module)
-            for parent, name, metric in metrics:
-                setattr(parent, name, metric)
             for wrap in reversed(wraps):
                 wrap.undo()
-            with torch.no_grad():
-                for part, name, buffer, value in buffers:
-                    buffer.copy_(value)
-                    if getattr(part, name) is not buffer:
-                        setattr(part, name, buffer)  # the module put another tensor in its place
-            random_state.restore(pl_module.device)
+            for parent, name, metric in metrics:
+                setattr(parent, name, metric)
+            _put_back(buffers)
 
     def _clone(self, metric: Metric | MetricCollection) -> Metric | MetricCollection:
         """Return the stand-in for a metric, made once and empty each time."""
@@ -116,10 +112,20 @@ def _nothing(original: Any, *args: Any, **kwargs: Any) -> None:
     """Stand in for a method that has nothing to do in a quiet pass."""
 
 
+@torch.no_grad()
+def _put_back(buffers: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+    """Give buffers their values back and their places."""
+    for part, name, buffer, value in buffers:
+        buffer.copy_(value)  # all of them: batch normalisation writes without a trace in the tensor's version
+        if getattr(part, name) is not buffer:
+            setattr(part, name, buffer)  # the module put another tensor in its place
+
+
 def _metrics(module: nn.Module) -> Iterator[tuple[nn.Module, str, Metric | MetricCollection]]:
-    """Yield the outermost metrics within a module, with their place."""
-    for name, child in module.named_children():
-        if isinstance(child, (Metric, MetricCollection)):
-            yield module, name, child
-        else:
-            yield from _metrics(child)
+    """Yield the outermost metrics within a module, in each place that they have."""
+    within: list[str] = []
+    for path, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, (Metric, MetricCollection)) and not any(path.startswith(outer) for outer in within):
+            within.append(f"{path}.")
+            parent, _, name = path.rpartition(".")
+            yield module.get_submodule(parent), name, part

@@ -42,6 +42,7 @@ class SampleIds:
         self._wrap: MethodWrap | None = None
         self._spy: _Spy | None = None
         self._pass: _Pass | None = None
+        self._first: int | None = None
         self.samples = 0
 
     def attach(self, trainer: Trainer) -> None:
@@ -66,18 +67,26 @@ class SampleIds:
                 f"Trainer has {type(loader).__name__}. {self._instead}"
             )
 
+    def next_epoch(self) -> None:
+        """Expect a pass that begins with batch 0; in ``on_train_epoch_start``, which no epoch has that is resumed."""
+        self._pass, self._first = None, 0
+
     def next_batch(self, batch_idx: int) -> None:
-        """Go on to the batch that training begins with now; once a batch, in ``on_train_batch_start``."""
+        """Go on to the batch that training begins with now, in ``on_train_batch_start``."""
         if self._spy is None:
             return
-        if batch_idx == 0 or self._pass is None:
+        if self._pass is None:
             self._pass = self._spy.latest()
+            self._first = batch_idx if self._first is None else self._first
+        # A batch that a collate function gave up comes as None, and the host calls no hook for it.
+        while self._pass and len(self._pass.waiting) > 1 and self._pass.taken < batch_idx - (self._first or 0):
+            self._pass.take()
         if not self._pass or not self._pass.waiting:
             raise ValueError(
                 f"{self._owner}: a training batch came from outside the DataLoader's own sampling, so its samples are "
                 f"not known. {self._instead}"
             )
-        self._pass.current = self._pass.waiting.popleft()
+        self._pass.take()
 
     @property
     def current(self) -> list[int]:
@@ -90,7 +99,7 @@ class SampleIds:
             self._spy.leave()
         if self._wrap is not None:
             self._wrap.undo()
-        self._wrap, self._spy, self._pass = None, None, None
+        self._wrap, self._spy, self._pass, self._first = None, None, None, None
 
     def _watch(self, loader: Any) -> None:
         """Put the spy in a loader's batch sampler.
@@ -115,7 +124,7 @@ class SampleIds:
                 f"Set in_order=True. {self._instead}"
             )
         sampler = getattr(loader.batch_sampler, "sampler", None)
-        if isinstance(sampler, WeightedRandomSampler) or (isinstance(sampler, RandomSampler) and sampler.replacement):
+        if isinstance(sampler, (WeightedRandomSampler, RandomSampler)) and sampler.replacement:
             raise ValueError(
                 f"{self._owner} needs each sample at most once an epoch, and {type(sampler).__name__} draws with "
                 f"replacement. Sample without replacement. {self._instead}"
@@ -127,7 +136,9 @@ class SampleIds:
                 f"{self._owner} keeps a record for each sample, and {type(loader.dataset).__name__} has no length. "
                 f"{self._instead}"
             ) from error
-        self._spy = _Spy(loader)
+        # Workers that persist keep the spy of an earlier fit, or of before the host asked for the loader again.
+        kept = getattr(getattr(loader, "_iterator", None), "_index_sampler", None)
+        self._spy = kept.join() if isinstance(kept, _Spy) else _Spy(loader)
 
 
 class _Pass:
@@ -136,8 +147,14 @@ class _Pass:
     def __init__(self) -> None:
         self.waiting: deque[list[int]] = deque()
         self.current: list[int] = []
+        self.taken = 0
         self.begun = False
         self.ended = False
+
+    def take(self) -> None:
+        """Go on to the next batch."""
+        self.current = self.waiting.popleft()
+        self.taken += 1
 
 
 class _Spy:
@@ -157,6 +174,12 @@ class _Spy:
         found = ([one for one in begun if not one.ended] or begun)[-1:]
         self._passes = list(found)
         return found[0] if found else None
+
+    def join(self) -> "_Spy":
+        """Take the sampler's place again."""
+        self._active, self._passes = True, []
+        vars(self._loader)["batch_sampler"] = self
+        return self
 
     def leave(self) -> None:
         """Put the sampler back; an iterator that workers keep goes on through this one unnoticed."""
@@ -185,4 +208,6 @@ class _Spy:
 
     def __getattr__(self, name: str) -> Any:
         """Be the sampler in everything else: the host asks it for its sampler and sets epochs there."""
+        if name.startswith("_"):
+            raise AttributeError(name)  # as while a copy is being made, which has no sampler yet
         return getattr(self._sampler, name)

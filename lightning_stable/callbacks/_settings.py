@@ -23,7 +23,7 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def check_count(name: str, value: int, lowest: int, unit: str) -> None:
     """Raise ``ValueError`` unless ``value`` is a whole number from ``lowest`` on."""
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ValueError(f"{name}={value!r} is not a number of {unit} from {lowest} on.")
+        raise ValueError(f"{name}={value!r} is not a whole number of {unit} from {lowest} on.")
 
 
 def check_not_negative(name: str, value: float, meaning: str) -> None:

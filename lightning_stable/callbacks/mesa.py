@@ -69,6 +69,7 @@ class MESA(LossTerm):
         self.decay = decay
         self._module: weakref.ref[LightningModule] | None = None
         self._average: dict[str, Tensor] = {}
+        self._live: list[Tensor] = []
         self._restored: dict[str, Tensor] | None = None
         self._quiet = QuietPass()
 
@@ -112,13 +113,16 @@ class MESA(LossTerm):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not stepped or not self._average:
             return
-        live = dict(pl_module.named_parameters())
-        state = EMAState(list(self._average.values()), 0)
-        update_ema(state, [live[name] for name in self._average], self.decay)
+        update_ema(EMAState(list(self._average.values()), 0), self._live, self.decay)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         return {"average": dict(self._average)} if self._average else {}
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._live, self._quiet = [], QuietPass()
 
     # ------------------------------------------------------------------ the term
 
@@ -149,15 +153,18 @@ class MESA(LossTerm):
         """Put each parameter that trains on this run's device, and begin an average for those that have none."""
         if self.lam == 0:
             return
-        for name, parameter in pl_module.named_parameters():
+        live = dict(pl_module.named_parameters())
+        self._average = {name: average for name, average in self._average.items() if name in live}
+        for name, parameter in live.items():
             if name in self._average and self._average[name].shape == parameter.shape:
                 self._average[name] = self._average[name].to(parameter)
             elif parameter.requires_grad and parameter.is_floating_point():
                 self._average[name] = init_ema([parameter]).shadow[0]
+        self._live = [live[name] for name in self._average]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only means something in this process."""
-        return {**super().__getstate__(), "_module": None, "_quiet": QuietPass()}
+        return {**super().__getstate__(), "_module": None, "_live": [], "_quiet": QuietPass()}
 
 
 class _Called(nn.Module):

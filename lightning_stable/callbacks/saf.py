@@ -10,6 +10,7 @@ Example:
     >>> trainer = Trainer(callbacks=[SAF(start_epoch=5, lag_epochs=3)], logger=False, enable_checkpointing=False)
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -75,8 +76,8 @@ class SAF(LossTerm):
         check_count("lag_epochs", lag_epochs, 1, "epochs")
         if lag_epochs > start_epoch:
             raise ValueError(
-                f"start_epoch={start_epoch} comes before the first record is lag_epochs={lag_epochs} epochs old. Set "
-                "start_epoch to lag_epochs or more."
+                f"start_epoch={start_epoch} is less than lag_epochs={lag_epochs}: the term compares with a record of "
+                "lag_epochs epochs before. Set start_epoch to lag_epochs or more, or lower lag_epochs."
             )
         if top_k is not None:
             check_count("top_k", top_k, 1, "classes")
@@ -84,6 +85,7 @@ class SAF(LossTerm):
         self.store_dtype = parse_floating_dtype(store_dtype) or torch.float16
         self.top_k = top_k
         self._ids = SampleIds("SAF", _INSTEAD)
+        self._module: weakref.ref[LightningModule] | None = None
         self._table: RecordTable | None = None
         self._restored: dict[str, Any] | None = None
         self._fresh: tuple[list[int], Tensor] | None = None
@@ -96,6 +98,9 @@ class SAF(LossTerm):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._restored = None
+        if stage == "fit" and (self._module is None or self._module() is not pl_module):
+            self._table = None
+            self._module = weakref.ref(pl_module)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -123,16 +128,25 @@ class SAF(LossTerm):
             self._table = self._take_over(self._restored)
         elif trainer.current_epoch == 0 or (self._table and self._table.epochs.shape[1] != self._ids.samples):
             self._table = None
-        # A loader that cannot resume begins the epoch again, which repeats samples.
-        self._tolerant_epoch = trainer.current_epoch if trainer.global_step else -1
         self._restored = None
+        # A loader that cannot resume in the middle of an epoch begins it again, which repeats samples.
+        begun = self._table is not None and bool((self._table.epochs == trainer.current_epoch).any())
+        self._tolerant_epoch = trainer.current_epoch if begun else -1
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._repeats = 0
+        self._ids.next_epoch()
+        recorded = self._ids.samples if self._table is None else self._table.epochs.shape[1]
+        if recorded != self._ids.samples:
+            raise ValueError(
+                f"SAF: the train loader of epoch {trainer.current_epoch} has {self._ids.samples} samples, and the "
+                f"records are of {recorded}. The dataset has to stay the same in a fit. {_INSTEAD}"
+            )
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.lam != 0:
             self._ids.next_batch(batch_idx)
 
@@ -169,7 +183,7 @@ class SAF(LossTerm):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._table is None else self._table.state_dict()
+        return {} if self._table is None else {**self._table.state_dict(), "temperature": float(self.temperature)}
 
     # ------------------------------------------------------------------ the term
 
@@ -238,14 +252,22 @@ class SAF(LossTerm):
         Raises:
             ValueError: If they are of another dataset or of other settings.
         """
-        slots, samples = state["epochs"].shape
-        if (slots, samples) != (self.lag_epochs, self._ids.samples):
+        table = RecordTable.from_state_dict(state)
+        pairs = {
+            "samples": (table.epochs.shape[1], self._ids.samples),
+            "lag_epochs": (table.slots, self.lag_epochs),
+            "temperature": (state["temperature"], self.temperature),
+            "store_dtype": (table.log_probs.dtype, self.store_dtype),
+            "top_k": (table.top_k, self.top_k),
+        }
+        other = [f"{name}={then} ({now} here)" for name, (then, now) in pairs.items() if then != now]
+        if other:
             raise ValueError(
-                f"The checkpoint's SAF recorded {samples} samples over lag_epochs={slots}; this run has "
-                f"{self._ids.samples} samples and lag_epochs={self.lag_epochs}. Resume with the same data and settings."
+                f"The checkpoint's SAF made its records with {', '.join(other)}. Resume with the same data and "
+                "settings."
             )
-        return RecordTable.from_state_dict(state)
+        return table
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only means something in this process."""
-        return {**super().__getstate__(), "_ids": SampleIds("SAF", _INSTEAD)}
+        return {**super().__getstate__(), "_module": None, "_ids": SampleIds("SAF", _INSTEAD)}

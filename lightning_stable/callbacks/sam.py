@@ -23,7 +23,14 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_stable.callbacks._closure import RepeatableStep
-from lightning_stable.callbacks._host import refuse_iterator, refuse_manual, refuse_optimizer, refuse_sharded
+from lightning_stable.callbacks._host import (
+    gradient_scaler,
+    refuse_iterator,
+    refuse_manual,
+    refuse_optimizer,
+    refuse_sharded,
+    refuse_unusual_gradient,
+)
 from lightning_stable.callbacks._settings import check_choice, check_count, check_positive
 from lightning_stable.functional._vectors import global_norm
 from lightning_stable.functional.sam import (
@@ -83,6 +90,8 @@ class SAM(Callback):
         check_positive("rho", rho, "the radius of the neighbourhood. Usual values are 0.05, and 0.5 with adaptive=True")
         check_count("interval", interval, 1, "optimizer steps")
         check_count("start_step", start_step, 0, "optimizer steps")
+        if variant == "asam":
+            raise ValueError("variant='asam' is variant='sam' with adaptive=True.")
         check_choice("variant", variant, ("sam", "looksam", "gsam"))
         if variant == "looksam" and interval < 2:
             raise ValueError(
@@ -135,10 +144,17 @@ class SAM(Callback):
         if self._restored is not None:
             self._component, self._restored = self._restored, None
         # The scaler skips such a step by itself, and so does a callback that says it does.
-        self._skips_non_finite = getattr(trainer.precision_plugin, "scaler", None) is not None or any(
+        self._skips_non_finite = gradient_scaler(trainer) is not None or any(
             getattr(other, "skips_non_finite_updates", False) for other in cast(Any, trainer).callbacks
         )
+        if getattr(trainer.strategy.model, "static_graph", False):
+            raise ValueError(
+                "SAM does not work with DDPStrategy(static_graph=True): its two passes are two graphs. Leave it out."
+            )
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        for optimizer in trainer.optimizers:
+            for place, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                names.setdefault(id(parameter), f"parameter {place} of the optimizer")
 
         def wanted() -> bool:
             # LookSAM has something to do at the steps between, too.
@@ -151,6 +167,11 @@ class SAM(Callback):
 
         self._undo()
         self._step = RepeatableStep(trainer, pl_module, wanted, run)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._step is not None and batch_idx % trainer.accumulate_grad_batches == 0:
+            self._step.forget()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -187,11 +208,16 @@ class SAM(Callback):
         weights, gradients = _trained(optimizer)
         if not weights:
             return loss
-        if not self._is_finite(trainer, loss, gradients):
+        for weight, gradient in zip(weights, gradients, strict=True):
+            refuse_unusual_gradient(self, names.get(id(weight), "a parameter"), gradient)
+        if not self._is_finite(trainer, loss, gradients, "first"):
             if trainer.world_size > 1:
                 step.repeat()  # averaged, so that every process sees it and takes the same decision
             return loss
         perturbation = sam_perturbation(weights, gradients, self.rho, self.adaptive)
+        # DDP may keep gradients in buffers that the second pass writes over.
+        clean = [] if self.variant == "sam" else [gradient.detach().clone() for gradient in gradients]
+        del gradients
         values = [weight.detach().clone() for weight in weights]
         try:
             with torch.no_grad():
@@ -201,7 +227,9 @@ class SAM(Callback):
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(weights, values)
-        self._combine(weights, gradients, names)
+        present = [weight.grad for weight in weights if weight.grad is not None]
+        if present and self._is_finite(trainer, loss, present, "second"):
+            self._combine(weights, clean, names)
         return loss
 
     def _between(self, optimizer: Optimizer, closure: Callable[[], Any], names: dict[int, str]) -> Any:
@@ -211,7 +239,7 @@ class SAM(Callback):
         known = [
             (gradient, self._component[names[id(weight)]])
             for weight, gradient in zip(weights, gradients, strict=True)
-            if names[id(weight)] in self._component
+            if names.get(id(weight)) in self._component
         ]
         if known:
             looksam_gradient([g for g, _ in known], [c.to(g) for g, c in known], self.alpha or 0.0)
@@ -227,25 +255,24 @@ class SAM(Callback):
             gsam_gradient(gradients, clean, self.alpha or 0.0)
         else:
             component = looksam_component(gradients, clean)
-            self._component = {names[id(w)]: part for (w, _, _), part in zip(both, component, strict=True)}
+            pairs = zip(both, component, strict=True)
+            self._component = {names[id(w)]: part for (w, _, _), part in pairs if id(w) in names}
 
-    def _is_finite(self, trainer: Trainer, loss: Any, gradients: list[Tensor]) -> bool:
-        """Tell whether every process's first pass gave a finite gradient.
+    def _is_finite(self, trainer: Trainer, loss: Any, gradients: list[Tensor], which: str) -> bool:
+        """Tell whether a pass gave a finite gradient on every process.
 
         Raises:
-            ValueError: If one did not, and nothing in this Trainer skips such an update.
+            ValueError: If it did not, and nothing in this Trainer skips such an update.
         """
         finite = trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(global_norm(gradients))), all=True)
-        if finite:
-            return True
-        if not self._skips_non_finite:
+        if not finite and not self._skips_non_finite:
             value = float(loss) if isinstance(loss, Tensor) else loss
             raise ValueError(
-                f"SAM: the gradient of the first pass is not finite at optimizer step {trainer.global_step} (the loss "
-                f"is {value}), so there is no direction to climb. The weights are as they were before the step. Look "
-                "for the cause in the data, the learning rate or the precision; SpikeGuard skips such steps."
+                f"SAM: the gradient of the {which} pass is not finite at optimizer step {trainer.global_step} (the "
+                f"loss at the weights is {value}). The weights are as they were before the step. Look for the cause in "
+                "the data, the learning rate, the precision or rho; SpikeGuard skips such steps."
             )
-        return False
+        return finite
 
     def _undo(self) -> None:
         """Take the wraps off the module."""

@@ -1,4 +1,4 @@
-r"""Watch for softmax collapse: samples whose loss is exactly 0 in floating point, so that they teach nothing any more.
+r"""Watch for softmax collapse: samples whose loss is exactly 0 in floating point, so that they teach next to nothing.
 
 Use it when training stalls after the training data is fitted, or before choosing
 :class:`~lightning_stable.callbacks.OrthoGrad` or a
@@ -11,11 +11,12 @@ Example:
     >>> trainer = Trainer(callbacks=[SoftmaxCollapseMonitor()], logger=False, enable_checkpointing=False)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -36,9 +37,9 @@ class SoftmaxCollapseMonitor(Callback):
     r"""Log the share of samples whose softmax has collapsed onto one class (arXiv 2501.04697).
 
     A sample has collapsed if :math:`\sum_c \exp(z_c - \max z)` over its logits :math:`z` is exactly 1 in ``dtype``: the
-    cross-entropy of the top class and its gradient are then exactly 0. The share is over all positions of all samples
-    of one optimizer step, padding included, and over processes. It goes straight to the Trainer's loggers as
-    ``softmax_collapse``. Logits are read by a forward hook within ``training_step``.
+    cross-entropy of the top class and the gradient of its logit are then exactly 0. The share is over all positions of
+    all samples of one optimizer step, padding included, and over processes. It goes straight to the Trainer's loggers
+    as ``softmax_collapse``. Logits are read by a forward hook within ``training_step``.
 
     Args:
         logits: Dotted name of the submodule whose output are the logits, of shape (samples, ..., classes), or an
@@ -91,6 +92,8 @@ class SoftmaxCollapseMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
+        if not trainer.loggers:
+            rank_zero_info("SoftmaxCollapseMonitor reports to the Trainer's loggers, and there are none.")
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -137,7 +140,7 @@ class SoftmaxCollapseMonitor(Callback):
                 output = original(*args, **kwargs)
             finally:
                 self._record = None
-        loss = output.get("loss") if isinstance(output, dict) else output
+        loss = output.get("loss") if isinstance(output, Mapping) else output
         if isinstance(loss, Tensor) and pl_module.automatic_optimization:
             self._tap.resolve(record, loss, pl_module)
         elif not any(name == self._tap.name for name, _ in record):

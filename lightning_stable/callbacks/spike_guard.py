@@ -21,7 +21,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_stable.callbacks._gradients import GradientTransform, OptimizerStep, gradient_scaler
+from lightning_stable.callbacks._gradients import GradientTransform, OptimizerStep
+from lightning_stable.callbacks._host import gradient_scaler
 from lightning_stable.callbacks._settings import check_choice, check_count, check_positive
 from lightning_stable.callbacks._snapshot import restore_snapshot, take_snapshot
 from lightning_stable.functional._vectors import global_norm
@@ -36,6 +37,8 @@ from lightning_stable.functional.spike_guard import (
 
 __all__ = ["SpikeGuard"]
 
+_COUNTS = ("skipped", "clipped", "rewinds")
+
 
 @dataclass
 class _Guard:
@@ -49,6 +52,8 @@ class _Guard:
         in_row: Spikes since the last accepted update or rewind.
         since_snapshot: Accepted since the snapshot was taken.
         not_finite: In a row that were not finite.
+        since_rewind: Accepted since the last rewind, or the start.
+        vain: Rewinds in a row without an accepted update in between.
         snapshot: What a rewind goes back to.
     """
 
@@ -59,6 +64,8 @@ class _Guard:
     in_row: int = 0
     since_snapshot: int = 0
     not_finite: int = 0
+    since_rewind: int = 1
+    vain: int = 0
     snapshot: dict[str, dict[str, Any]] | None = None
 
 
@@ -188,6 +195,11 @@ class SpikeGuard(GradientTransform):
             )
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches == 0:
+            self._loss = None  # what an epoch that was cut within an update has left
+
+    @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self.watch != "norm":
             value = loss.detach().float().mean()
@@ -209,6 +221,12 @@ class SpikeGuard(GradientTransform):
     def _take_over(self, state: dict[str, Any]) -> None:
         for key, saved in state["optimizers"].items():
             bands = {name: SpikeBandState(**band) for name, band in saved["bands"].items()}
+            held = len(bands["norm"].values)
+            if held != self.window:
+                raise ValueError(
+                    f"The checkpoint's SpikeGuard has window={held}, and this one window={self.window}. Resume with "
+                    f"window={held}."
+                )
             self._guards[key] = _Guard(**{**saved, "bands": bands})
 
     @override
@@ -226,6 +244,14 @@ class SpikeGuard(GradientTransform):
         self._loss = None
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        totals = {name: sum(getattr(guard, name) for guard in self._guards.values()) for name in _COUNTS}
+        if any(totals.values()):
+            told = ", ".join(f"{count} {name}" for name, count in totals.items())
+            rank_zero_info(f"SpikeGuard: {told}, in {trainer.global_step} optimizer steps.")
+
+    @override
     def _transform(self, step: OptimizerStep) -> None:
         guard = self._guard(step.key)
         signals = self._measure(step, guard)
@@ -236,7 +262,7 @@ class SpikeGuard(GradientTransform):
             self._refuse(step, guard, signals)
         else:
             self._accept(step, guard, signals)
-        logged = {name: float(getattr(guard, name)) for name in ("skipped", "clipped", "rewinds")}
+        logged = {name: float(getattr(guard, name)) for name in _COUNTS}
         for name, value in {**logged, "norm": norm.value, "limit": norm.limit}.items():
             if name != "limit" or math.isfinite(value):
                 step.module.log(step.name(f"spike_guard/{name}"), value)
@@ -268,6 +294,7 @@ class SpikeGuard(GradientTransform):
         _note(guard, signals, used=True)
         guard.in_row = guard.not_finite = 0
         guard.since_snapshot += 1
+        guard.since_rewind += 1
         if self.rewind_after is not None and guard.since_snapshot >= self.snapshot_every_n_steps:
             guard.snapshot = take_snapshot(step.module, step.optimizer, self._all_parameters(step))
             guard.since_snapshot = 0
@@ -291,14 +318,31 @@ class SpikeGuard(GradientTransform):
         for parameter in step.parameters.values():
             parameter.grad = None  # which every optimizer takes for no update: no momentum, no decay
         guard.skipped += 1
+        if guard.skipped == 1:
+            rank_zero_info(
+                f"SpikeGuard: skipped the update at optimizer step {step.trainer.global_step} (gradient norm "
+                f"{norm.value:.3g}, limit {norm.limit:.3g}), the first one. Counts are logged as spike_guard/skipped."
+            )
         if rewind and guard.snapshot is not None:
             restore_snapshot(guard.snapshot, step.module, step.optimizer, self._all_parameters(step))
             guard.rewinds += 1
+            guard.vain = 0 if guard.since_rewind else guard.vain + 1
+            self._tell_of_rewind(guard, step.trainer.global_step)
+            guard.in_row = guard.since_snapshot = guard.since_rewind = 0
+
+    def _tell_of_rewind(self, guard: _Guard, step: int) -> None:
+        """Say where the weights are, and once if going back does not help."""
+        if guard.vain == 0:
             rank_zero_info(
-                f"SpikeGuard: {guard.in_row} spikes in a row at optimizer step {step.trainer.global_step}; weights and "
-                f"optimizer state are back where they were {guard.since_snapshot} accepted updates ago."
+                f"SpikeGuard: {guard.in_row} spikes in a row at optimizer step {step}; weights and optimizer state are "
+                f"back where they were {guard.since_snapshot} accepted updates ago."
             )
-            guard.in_row = guard.since_snapshot = 0
+        elif guard.vain == 1:
+            rank_zero_warn(
+                f"SpikeGuard went back at optimizer step {step} again without an accepted update in between: what "
+                "spikes is not in the weights. Look for the cause in the data, the learning rate or the precision. "
+                "Further such rewinds are counted and not told."
+            )
 
     def _count_not_finite(self, guard: _Guard, finite: bool) -> None:
         """Say once that a run makes no update any more: there is no band that such values could come into."""

@@ -24,8 +24,9 @@ from typing_extensions import override
 
 from lightning_stable.callbacks._gradients import GradientTransform, OptimizerStep
 from lightning_stable.callbacks._reports import report
-from lightning_stable.callbacks._settings import check_choice, check_count, check_positive
+from lightning_stable.callbacks._settings import check_count, check_positive
 from lightning_stable.functional.stable_spam import (
+    NORMS,
     StableSPAMInfo,
     StableSPAMState,
     check_gamma,
@@ -113,8 +114,8 @@ class StableSPAM(GradientTransform):
         log_every_n_steps: int = 50,
     ) -> None:
         super().__init__()
-        if norm is not None:
-            check_choice("norm", norm, ("unit", "history"))
+        if norm not in NORMS:
+            raise ValueError(f"norm={norm!r} is unknown. Choose 'unit', 'history' or None (null in YAML).")
         for name, gamma in (("gamma1", gamma1), ("gamma2", gamma2), ("gamma3", gamma3)):
             check_gamma(name, gamma)
         check_positive("eps", eps, "added to a gradient norm. 1e-8 is usual")
@@ -252,6 +253,8 @@ class StableSPAM(GradientTransform):
         if self.reset_every_n_steps is None or track.updates == 0:
             return
         due = track.updates % self.reset_every_n_steps == 0
+        if track.has_moments and not due:
+            return
         states = [
             optimizer.state[p] for group in optimizer.param_groups for p in group["params"] if p in optimizer.state
         ]

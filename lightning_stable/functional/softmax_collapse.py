@@ -1,9 +1,10 @@
-r"""Softmax collapse: samples whose cross-entropy is exactly 0 in floating point, so that they teach nothing.
+r"""Softmax collapse: samples whose cross-entropy is exactly 0 in floating point, so that they teach next to nothing.
 
 With logits :math:`z` of one sample over :math:`C` classes, softmax needs :math:`\sum_c \exp(z_c - \max z)`. Where the
 largest logit is ahead of all others by more than about 16.6 in float32 (24 bits; 5.5 in bfloat16, 7.6 in float16)
-plus :math:`\log (C - 1)`, the other terms are absorbed by the 1 of the largest: the sum is exactly 1, the loss of that
-class exactly 0 and its gradient exactly 0 (arXiv 2501.04697, which names it).
+plus :math:`\log (C - 1)`, the other terms are absorbed by the 1 of the largest: the sum is exactly 1, and the loss of
+that class and the gradient of its logit are exactly 0 (arXiv 2501.04697, which names it). The gradients of the other
+logits are their probabilities: tiny, and not always 0.
 """
 
 import torch

@@ -72,11 +72,12 @@ class StableMaxCrossEntropyLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss: one number, or one a sample with ``reduction="none"``."""
+        logarithms = _log_s(logits)
         # The softmax inside is over log s(x), so that this is cross-entropy of stablemax with all its options.
         return functional.cross_entropy(
-            _log_s(logits),
+            logarithms,
             target,
-            weight=self.weight,
+            weight=None if self.weight is None else self.weight.to(logarithms.dtype),
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
@@ -87,4 +88,6 @@ def _log_s(logits: Tensor) -> Tensor:
     """Return log s, in float32 or wider."""
     wide = logits.float() if logits.dtype.itemsize < 4 else logits
     # Each side sees its own half only, so that the derivative at 0 is 1 and not that of a sign.
-    return torch.where(wide >= 0, torch.log1p(wide.clamp(min=0)), -torch.log1p(-wide.clamp(max=0)))
+    positive = wide >= 0
+    above, below = torch.where(positive, wide, 0), torch.where(positive, 0, wide)
+    return torch.where(positive, torch.log1p(above), -torch.log1p(-below))

@@ -35,7 +35,9 @@ def softened_divergence(past: Tensor, now: Tensor) -> Tensor:
     Returns:
         Shape (N,): the mean over the dimensions between.
     """
-    divergence = (past.exp() * (past - now)).sum(-1)
+    share = past.exp()
+    # A class that is masked out has no logarithm to compare.
+    divergence = (share * torch.where(share > 0, past - now, 0)).sum(-1)
     return divergence.flatten(1).mean(1) if divergence.ndim > 1 else divergence
 
 
@@ -70,6 +72,8 @@ def top_k_groups(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def group(log_probs: Tensor, indices: Tensor) -> Tensor:
     """Return the log-probabilities of the classes ``indices``, and of all others together."""
+    # Where every other class is masked out, the logarithm of their sum has no derivative.
+    log_probs = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
     chosen = log_probs.gather(-1, indices)
     # What is left is added up, not taken from 1: a difference would lose a small rest to rounding.
     rest = log_probs.scatter(-1, indices, float("-inf")).logsumexp(-1, keepdim=True)

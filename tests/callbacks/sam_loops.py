@@ -9,6 +9,7 @@ import torch.distributed as dist
 from contract.harness import Net, fit
 from contract.streams import BATCHES, Stream
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_stable.callbacks.sam import SAM
@@ -55,9 +56,10 @@ def gradient(module: Net, parameters: list[Tensor], batches: list[Any], bf16: bo
     return list(torch.autograd.grad(loss, parameters))
 
 
-def two_process_job() -> dict[str, Tensor]:
+def two_process_job(bucket_view: bool = False, **settings: Any) -> dict[str, Tensor]:
     os.chdir(tempfile.mkdtemp())
-    run = fit([SAM(rho=RHO)], module=Net(norm=False), max_steps=STEPS, devices=2, strategy="ddp")
+    strategy = DDPStrategy(gradient_as_bucket_view=bucket_view)
+    run = fit([SAM(rho=RHO, **settings)], module=Net(norm=False), max_steps=STEPS, devices=2, strategy=strategy)
     return {name: value.detach() for name, value in run.module.named_parameters()}
 
 

@@ -36,6 +36,14 @@ def test_undoing_the_outer_wrap_last_leaves_nothing_on_the_object() -> None:
     assert not vars(target)
 
 
+def test_undoing_the_inner_wrap_first_leaves_nothing_on_the_object() -> None:
+    target = Counts()
+    wraps = [MethodWrap(target, "value", doubling) for _ in range(3)]
+    for wrap in wraps:
+        wrap.undo()
+    assert not vars(target)
+
+
 def test_an_attribute_of_the_instance_is_put_back() -> None:
     target = Counts()
     target.value = lambda: 7

@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Net, Run, assert_same, fit
+from contract.harness import Net, Run, Stream, assert_same, fit
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_stable.callbacks.mesa import MESA
 from lightning_stable.callbacks.sam import SAM
+from lightning_stable.functional.trajectory_loss import trajectory_loss
 
 
 class Curious(Net):
@@ -67,7 +70,7 @@ class Tied(Net):
     """Its head's weight is shared with a second layer, which the reference has to run with the average of."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(norm=False)
         self.second = nn.Linear(8, 3, bias=False)
         self.second.weight = self.head.weight
 
@@ -84,6 +87,72 @@ def test_tied_and_frozen_weights() -> None:
         name for name, parameter in module.named_parameters() if parameter.requires_grad
     }
     assert module.second.weight is module.head.weight
+
+
+def test_the_reference_of_a_tied_layer_is_the_averages() -> None:
+    """The named layer shares its weight with another one, under whose name the average is kept."""
+    run = fit([short(logits="second")], module=Tied(), max_steps=2)
+    before, after = run.steps[0].before, run.steps[0].weights
+    average = {name: 0.5 * before[name] + 0.5 * after[name] for name in before}
+    x = Stream().batch(1)[0]
+
+    def logits(weights: dict[str, Tensor]) -> Tensor:
+        module = Tied()
+        module.load_state_dict({**weights, "second.weight": weights["head.weight"]})
+        with torch.no_grad():
+            return module.second(module.body(x))
+
+    expected = 2.0 * trajectory_loss(logits(average), logits(after), 2.0).mean()
+    assert run.logged[1][1]["mesa_loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_beside_the_hosts_pruning() -> None:
+    """It puts other parameters in the place of those that the average began with."""
+    pruning = ModelPruning("l1_unstructured", amount=0.3, apply_pruning=True)
+    run = fit([short(), pruning], max_epochs=2)
+    assert len(run.steps) == 12
+
+
+def test_metrics_with_two_names_count_once() -> None:
+    class TwoNames(Curious):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = self.mean
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.again.update(loss)
+            return loss
+
+    module = TwoNames()
+    updates: list[int] = []
+
+    class Counts(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            updates.append(module.mean.update_count)
+
+    fit([short(), SAM(), Counts()], module=module, max_steps=3)
+    assert updates == [2, 4, 6]
+
+
+class OneOutput(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 1)
+
+
+def test_refuses_one_class() -> None:
+    with pytest.raises(ValueError, match=r"MESA: the logits of 'head' have the shape \(8, 1\)"):
+        fit([short()], module=OneOutput(), max_steps=2)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_epochs": 3}, {"max_steps": 18}, {"max_steps": 9, "accumulate_grad_batches": 2}]
+)
+def test_says_that_it_never_acts(limits: dict[str, int]) -> None:
+    with pytest.warns(UserWarning, match="MESA will add nothing: start_epoch=3, and training ends in epoch 2"):
+        fit([short(start_epoch=3)], **limits)
+    fit([short(start_epoch=2)], **limits)
 
 
 def test_beside_sam_each_pass_has_its_own_reference() -> None:

@@ -112,11 +112,11 @@ def test_says_what_it_needs_and_refuses_what_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
-        fit([short()], max_steps=1)
+        fit([short()], max_steps=7)
     assert "SAF: the records take 0.0 MiB of main memory in each process (48 samples, 1 epochs" in caplog.text
     monkeypatch.setattr(module_of_saf, "available_memory", lambda: 400)
     with pytest.raises(ValueError, match=r"SAF's records need 0.0 MiB .* Lower lag_epochs, set top_k"):
-        fit([short()], max_steps=1)
+        fit([short()], max_steps=7)
 
 
 def test_free_memory_is_known_here() -> None:
@@ -163,10 +163,13 @@ def test_refuses_a_sampler_that_repeats_indices() -> None:
 def test_refuses_a_checkpoint_of_other_data(tmp_path: Any) -> None:
     run = fit([short()], max_epochs=2)
     run.trainer.save_checkpoint(tmp_path / "saf.ckpt")
-    with pytest.raises(ValueError, match="recorded 48 samples over lag_epochs=1; this run has 32 samples"):
+    with pytest.raises(ValueError, match=r"made its records with samples=48 \(32 here\)"):
         fit([short()], train=Stream(4), max_epochs=3, ckpt_path=str(tmp_path / "saf.ckpt"))
-    with pytest.raises(ValueError, match="lag_epochs=1; this run has 48 samples and lag_epochs=2"):
+    with pytest.raises(ValueError, match=r"with lag_epochs=1 \(2 here\)"):
         fit([short(start_epoch=2, lag_epochs=2)], max_epochs=3, ckpt_path=str(tmp_path / "saf.ckpt"))
+    others = {"temperature": 1.0, "store_dtype": "float32", "top_k": 2}
+    with pytest.raises(ValueError, match=r"temperature=2.0 \(1.0 here\), store_dtype=torch.float16 .*, top_k=None \(2"):
+        fit([short(**others)], max_epochs=3, ckpt_path=str(tmp_path / "saf.ckpt"))
 
 
 def test_resumes_in_an_epoch_that_a_plain_loader_begins_again(tmp_path: Any) -> None:
@@ -198,11 +201,11 @@ def test_refuses_settings(settings: dict[str, Any], message: str) -> None:
 
 def test_refuses_what_it_cannot_compare() -> None:
     with pytest.raises(ValueError, match="top_k=3 is not less than the 3 classes of 'head'"):
-        fit([short(top_k=3)], max_steps=1)
+        fit([short(top_k=3)], max_steps=7)
     with pytest.raises(ValueError, match="'head' put out 16 predictions for a batch of 8 samples"):
-        fit([short()], module=_Twice(), max_steps=1)
+        fit([short()], module=_Twice(), max_steps=7)
     with pytest.raises(ValueError, match=r"logits='haed' of SAF is no submodule of Net. Candidates: 'body.0', 'head'"):
-        fit([short(logits="haed")], max_steps=1)
+        fit([short(logits="haed")], max_steps=7)
 
 
 class _Twice(Net):

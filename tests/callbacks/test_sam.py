@@ -1,6 +1,6 @@
 """SAM against a loop by hand, and what its second pass must not leave behind."""
 
-from collections import Counter
+from collections import Counter, UserDict
 from typing import Any
 
 import pytest
@@ -44,6 +44,121 @@ def test_two_processes_equal_a_loop_by_hand(workers: Pair) -> None:
     first, second = workers.run("sam_loops:two_process_job")
     assert_same(second, first, "rank 1 against rank 0")
     assert_same(first, loop(shares=2, norm=False), "two processes", tolerance=1e-6)
+
+
+@pytest.mark.parametrize("bucket_view", [False, True])
+@pytest.mark.parametrize("settings", [{"variant": "gsam"}, {"variant": "looksam", "interval": 3}])
+def test_variants_that_compare_gradients_are_the_same_in_two_processes(
+    settings: dict[str, Any], bucket_view: bool, workers: Pair
+) -> None:
+    first, second = workers.run("sam_loops:two_process_job", bucket_view=bucket_view, **settings)
+    assert_same(second, first, "rank 1 against rank 0")
+    single = fit([SAM(rho=RHO, **settings)], module=Net(norm=False), max_steps=STEPS)
+    assert_same(first, weights(single), "two processes against one", tolerance=1e-5)
+
+
+class Outside(Net):
+    """Its optimizer trains a scale that the module does not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = [torch.nn.Parameter(torch.ones(()))]
+
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss(batch) + self.hidden[0]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        optimizer.add_param_group({"params": self.hidden, "lr": 0.1})
+        return optimizer
+
+
+@pytest.mark.parametrize("settings", [{}, {"variant": "looksam", "interval": 2}, {"variant": "gsam"}])
+def test_parameters_that_the_module_does_not_hold(settings: dict[str, Any]) -> None:
+    seen: list[float] = []
+
+    class Looks(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+            seen.append(float(pl_module.hidden[0].grad))
+
+    fit([SAM(**settings), Looks()], module=Outside(), max_steps=3)
+    if not settings:
+        assert seen == [1.0, 1.0, 1.0]
+    assert all(value < 2 for value in seen), f"gradients of both passes were added up: {seen}"
+
+
+class Sparse(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 1, sparse=True)
+
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss(batch) + self.table(torch.tensor([1])).sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class ReturnsAMapping(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return UserDict(loss=super().training_step(batch, batch_idx))
+
+
+def test_outputs_may_be_any_mapping() -> None:
+    found, expected = fit([SAM()], module=ReturnsAMapping(), max_steps=4), fit([SAM()], max_steps=4)
+    assert_same(weights(found), weights(expected), "a mapping against the loss alone")
+
+
+class LooksAround(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        assert any(isinstance(callback, SAM) for callback in self.trainer.callbacks)
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_trainer_keeps_its_callbacks_in_the_second_pass() -> None:
+    """Threads of the host, such as a progress bar's, and the module itself may look at them at any time."""
+    assert len(fit([SAM()], module=LooksAround(), max_steps=3).steps) == 3
+
+
+class CutsEpochs(Net):
+    """Ends the first epoch in the middle of an accumulated step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int]] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        return -1 if self.current_epoch == 0 and batch_idx == 3 else None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append((self.current_epoch, batch_idx))
+        return super().training_step(batch, batch_idx)
+
+
+def test_micro_batches_of_a_step_that_was_cut_are_not_of_the_next() -> None:
+    run = fit([SAM()], module=CutsEpochs(), max_epochs=2, accumulate_grad_batches=2)
+    # Both batches of the first step, both again; one that is left; and so on.
+    assert run.module.seen[:9] == [(0, 0), (0, 1), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 0), (1, 1)]
+
+
+class TurnsInfThere(Net):
+    """Overflows at the perturbed weights only, at step 4."""
+
+    def loss(self, batch: Any) -> Tensor:
+        loss = super().loss(batch)
+        steps = len(self.steps)
+        moved = steps == 4 and not torch.equal(self.head.weight, self.steps[-1].weights["head.weight"])
+        return loss * float("inf") if self.training and moved else loss
+
+
+def test_a_second_pass_that_is_not_finite() -> None:
+    with pytest.raises(ValueError, match="gradient of the second pass is not finite at optimizer step 4"):
+        fit([SAM()], module=TurnsInfThere(), max_steps=8)
+    sam = SAM(variant="looksam", interval=4)
+    run = fit([sam, SkipsThem()], module=TurnsInfThere(), max_steps=8)
+    skipped = [number for number, step in enumerate(run.steps) if not step.gradients]
+    assert skipped == [4], "the steps after it have the component of before"
+    assert all(bool(part.isfinite().all()) for part in sam.state_dict()["component"].values())
 
 
 def test_two_processes_agree_that_one_has_no_finite_gradient(workers: Pair) -> None:
@@ -188,7 +303,7 @@ def test_a_failure_in_the_second_pass_gives_the_weights_back() -> None:
 
 def test_a_loss_that_is_nan_is_named_and_nothing_is_lost() -> None:
     module = TurnsNan()
-    with pytest.raises(ValueError, match=r"SAM: .* not finite at optimizer step 3 \(the loss is nan\)"):
+    with pytest.raises(ValueError, match=r"SAM: .* not finite at optimizer step 3 \(the loss at the weights is nan\)"):
         fit([SAM()], module=module, max_steps=6)
     assert_same(weights(Run(None, module, [])), module.steps[-1].weights, "weights")
 
@@ -217,6 +332,7 @@ def test_looksam_goes_on_between() -> None:
         ({"interval": 0}, "interval=0"),
         ({"start_step": -1}, "start_step=-1"),
         ({"variant": "esam"}, "variant='esam' is unknown. Choose one of 'sam', 'looksam', 'gsam'"),
+        ({"variant": "asam"}, "variant='sam' with adaptive=True"),
         ({"variant": "looksam"}, "Set interval to 2 or more"),
         ({"alpha": 0.5}, "has no meaning for variant='sam'"),
         ({"variant": "gsam", "alpha": 0.0}, "alpha=0.0"),
@@ -240,7 +356,12 @@ class TakesAnIterator(Net):
 
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
 @pytest.mark.parametrize(
-    ("module", "message"), [(WithLBFGS, "SAM does not work with LBFGS"), (TakesAnIterator, "SAM .*dataloader_iter")]
+    ("module", "message"),
+    [
+        (WithLBFGS, "SAM does not work with LBFGS"),
+        (TakesAnIterator, "SAM .*dataloader_iter"),
+        (Sparse, r"SAM does not work with sparse gradients, and that of 'table.weight'"),
+    ],
 )
 def test_refuses_modules(module: type[Net], message: str) -> None:
     with pytest.raises(ValueError, match=message):

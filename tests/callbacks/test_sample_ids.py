@@ -1,5 +1,6 @@
 """Which samples form a batch, compared with what the training step sees: the dataset here puts out its own indices."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,9 @@ class Watcher(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.ids.check(trainer)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.ids.next_epoch()
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.ids.next_batch(batch_idx)
         self.pairs.append((self.ids.current, batch.tolist()))
@@ -84,6 +88,7 @@ LOADERS: dict[str, dict[str, Any]] = {
     "shuffled": {"shuffle": True},
     "drop_last": {"shuffle": True, "drop_last": True},
     "subset": {"sampler": SubsetRandomSampler(range(3, 17))},
+    "weighted": {"sampler": WeightedRandomSampler([1.0] * SIZE, 14, replacement=False)},
     "workers": {"shuffle": True, "num_workers": 2},
     "persistent workers": {"shuffle": True, "num_workers": 2, "persistent_workers": True, "prefetch_factor": 4},
     "own batch sampler": {"batch_sampler": BatchSampler(RandomSampler(range(SIZE)), 3, drop_last=False)},
@@ -112,10 +117,38 @@ def test_is_exact_where_loaders_are_made_anew() -> None:
     watch(lambda: DataLoader(Indices(), batch_size=4, shuffle=True), reload_dataloaders_every_n_epochs=1)
 
 
-def test_is_exact_in_a_second_fit() -> None:
-    loader = DataLoader(Indices(), batch_size=4, shuffle=True)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_is_exact_in_a_second_fit(workers: int) -> None:
+    loader = DataLoader(Indices(), batch_size=4, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
     watch(loader)
     watch(loader)
+
+
+def test_is_exact_where_the_same_loader_is_asked_for_again() -> None:
+    loader = DataLoader(Indices(), batch_size=4, shuffle=True, num_workers=2, persistent_workers=True)
+    watch(lambda: loader, reload_dataloaders_every_n_epochs=1)
+
+
+def without_some(samples: list[Tensor]) -> Tensor | None:
+    """Give up on batches that hold sample 0, or begin with an odd one."""
+    batch = torch.stack(samples)
+    return None if bool((batch == 0).any()) or int(batch[0]) % 2 else batch
+
+
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_is_exact_where_batches_are_given_up(shuffle: bool) -> None:
+    torch.manual_seed(4)
+    watcher = watch(DataLoader(Indices(), batch_size=2, shuffle=shuffle, collate_fn=without_some))
+    assert 3 < len(watcher.pairs) < 33
+
+
+def test_the_sampler_can_be_copied_in_a_fit() -> None:
+    class Copies(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            copy.deepcopy(trainer.train_dataloader.batch_sampler)
+
+    watch(DataLoader(Indices(), batch_size=4), Copies())
 
 
 class ReadsToo(Callback):

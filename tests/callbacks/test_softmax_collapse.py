@@ -161,7 +161,7 @@ def test_nothing_is_left_after_a_failure() -> None:
         ({"logits": ""}, r"logits='' is not the dotted name of a submodule"),
         ({"dtype": "int8"}, r"dtype='int8' is not a floating-point dtype"),
         ({"dtype": None}, r"dtype=None is no precision"),
-        ({"log_every_n_steps": 0}, r"log_every_n_steps=0 is not a number of optimizer steps from 1 on"),
+        ({"log_every_n_steps": 0}, r"log_every_n_steps=0 is not a whole number of optimizer steps from 1 on"),
     ],
 )
 def test_bad_settings_are_told_at_construction(settings: dict[str, Any], message: str) -> None:

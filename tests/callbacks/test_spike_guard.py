@@ -372,10 +372,10 @@ def test_two_optimizers_are_guarded_one_by_one() -> None:
         ({"action": "stop"}, r"action='stop' is unknown. Choose one of 'skip', 'clip'"),
         ({"watch": "all"}, r"watch='all' is unknown. Choose one of 'both', 'norm', 'loss'"),
         ({"threshold": 0}, r"threshold=0 is not a finite number above 0"),
-        ({"window": 1}, r"window=1 is not a number of accepted updates from 2 on"),
+        ({"window": 1}, r"window=1 is not a whole number of accepted updates from 2 on"),
         ({"warmup_steps": 200}, r"warmup_steps=200 is above window=128"),
-        ({"rewind_after": 0}, r"rewind_after=0 is not a number of spikes in a row from 1 on"),
-        ({"snapshot_every_n_steps": 0}, r"snapshot_every_n_steps=0 is not a number"),
+        ({"rewind_after": 0}, r"rewind_after=0 is not a whole number of spikes in a row from 1 on"),
+        ({"snapshot_every_n_steps": 0}, r"snapshot_every_n_steps=0 is not a whole number"),
     ],
 )
 def test_bad_settings_are_told_at_construction(settings: dict[str, Any], message: str) -> None:

@@ -308,16 +308,16 @@ def test_statistics_go_on_with_the_module_and_start_anew_with_another() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"norm": "global"}, r"norm='global' is unknown. Choose one of 'unit', 'history'"),
+        ({"norm": "global"}, r"norm='global' is unknown. Choose 'unit', 'history' or None"),
         ({"gamma1": 1.0}, r"gamma1=1.0 is not in \[0, 1\)"),
         ({"gamma2": -0.1}, r"gamma2=-0.1 is not in"),
         ({"gamma3": True}, r"gamma3=True is not in"),
         ({"eps": 0.0}, r"eps=0.0 is not a finite number above 0"),
-        ({"reset_every_n_steps": 0}, r"reset_every_n_steps=0 is not a number of optimizer steps from 1 on"),
+        ({"reset_every_n_steps": 0}, r"reset_every_n_steps=0 is not a whole number of optimizer steps from 1 on"),
         ({"reset_entries": "exp_avg"}, r"reset_entries='exp_avg' is not a list of names"),
-        ({"total_steps": 0}, r"total_steps=0 is not a number of optimizer steps from 1 on"),
+        ({"total_steps": 0}, r"total_steps=0 is not a whole number of optimizer steps from 1 on"),
         ({"final_scale": 1.5}, r"final_scale=1.5 is above 1"),
-        ({"log_every_n_steps": 0}, r"log_every_n_steps=0 is not a number"),
+        ({"log_every_n_steps": 0}, r"log_every_n_steps=0 is not a whole number"),
     ],
 )
 def test_bad_settings_are_told_at_construction(settings: dict[str, Any], message: str) -> None:

@@ -14,7 +14,15 @@ import pytest
 import torch
 from contract.documents import HEADINGS, check_card, check_yaml
 from contract.harness import MODULES, Net, SaveAt, Stream, assert_same, differences, fit
-from contract.recovery import MOMENTS, check_exception, check_failing_test, check_resume, check_reuse, is_finite
+from contract.recovery import (
+    MOMENTS,
+    check_exception,
+    check_failing_test,
+    check_leftovers,
+    check_resume,
+    check_reuse,
+    is_finite,
+)
 from contract.rows import CUT, STEPS, Row, Settings, resolve
 from contract.workers import Pair
 
@@ -32,6 +40,7 @@ __all__ = [
     "check_exception",
     "check_failing_test",
     "check_inert",
+    "check_leftovers",
     "check_oracle",
     "check_precision_company",
     "check_resume",
@@ -200,10 +209,11 @@ def _has_state(plugin: Any) -> bool:
 
 
 def check_company(row: Row, other: Row, tmp_path: Path) -> None:
-    """Two plugins in one Trainer train and resume bit-exactly, or the error names both."""
+    """Two plugins in one Trainer train and resume bit-exactly and leave nothing behind, or the error names both."""
     pattern = row.settings.conflicts.get(other.name) or other.settings.conflicts.get(row.name)
     if pattern is None:
         check_resume(row, tmp_path, company=(other,))
+        check_leftovers(row, other)
         return
     with pytest.raises(ValueError, match=pattern) as caught:
         fit([row.settings.make(), other.settings.make()], max_steps=2)

@@ -231,6 +231,8 @@ def test_10_company_bites(tmp_path: Path) -> None:
     contracts.check_resume(row(broken.BreaksInCompany), tmp_path)
     with pytest.raises(BITES, match="resumed run against uninterrupted run"):
         contracts.check_company(row(broken.BreaksInCompany), row(broken.LogsItsMemory), tmp_path)
+    with pytest.raises(BITES, match="wrapped methods"):
+        contracts.check_company(row(broken.LeavesAWrap), HONEST, tmp_path)
     names_one = row(broken.NamesOnlyItself, conflicts={"honest": "does not go"})
     with pytest.raises(BITES, match="does not name Honest"):
         contracts.check_company(names_one, HONEST, tmp_path)

@@ -111,3 +111,12 @@ def test_it_is_a_module():
 def test_bad_settings_are_told(settings, message):
     with pytest.raises(ValueError, match=message):
         StableMaxCrossEntropyLoss(**settings)
+
+
+def test_class_weights_in_half_precision():
+    """Weights follow the precision in which the logarithms are, as a module in half precision has them."""
+    logits, target = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    loss = StableMaxCrossEntropyLoss(weight=weight).bfloat16()
+    expected = StableMaxCrossEntropyLoss(weight=weight)(logits.bfloat16().float(), target)
+    assert torch.allclose(loss(logits.bfloat16(), target), expected)

@@ -192,3 +192,19 @@ def test_groups_of_extreme_logits_are_finite_with_their_gradient(dtype):
     assert grouped.isfinite().all()
     assert found.isfinite().all()
     assert now.grad.isfinite().all()
+
+
+def test_masked_classes_count_for_nothing():
+    """A class at minus infinity on both sides has no difference; value and gradient are those without it."""
+    masked = torch.tensor([[1.0, float("-inf"), 2.0]], requires_grad=True)
+    past = torch.tensor([[0.5, float("-inf"), 0.1]])
+    plain = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    found, expected = trajectory_loss(past, masked, 2.0), trajectory_loss(past[:, ::2], plain, 2.0)
+    assert torch.allclose(found, expected)
+    found.sum().backward()
+    expected.sum().backward()
+    assert torch.allclose(masked.grad, torch.tensor([[plain.grad[0, 0], 0.0, plain.grad[0, 1]]]))
+    grouped, indices = top_k_groups(soften(masked.detach(), 1.0), 2)
+    log_probs = soften(masked, 1.0)
+    softened_divergence(grouped, group(log_probs, indices)).sum().backward()
+    assert bool(masked.grad.isfinite().all())
