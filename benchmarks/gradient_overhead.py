@@ -41,8 +41,8 @@ from typing_extensions import override
 
 from lightning_stable.callbacks import OrthoGrad, SpikeGuard, StableSPAM
 
-ROUNDS = 7
-STEPS = 5
+ROUNDS = 3
+STEPS = 4
 SKIPPED = 1
 BLOCKS = 14
 WIDTH = 384

@@ -197,10 +197,9 @@ def test_two_processes_see_disjoint_halves(tmp_path, use_distributed_sampler):
         max_epochs=2,
         strategy="ddp_fork",
         devices=2,
-        use_distributed_sampler=use_distributed_sampler,
         callbacks=[WriteSeen(tmp_path)],
         limit_val_batches=0,
-        **QUIET,
+        **{**QUIET, "use_distributed_sampler": use_distributed_sampler},
     )
     trainer.fit(Recorder(), datamodule=DigitsDataModule(batch_size=140))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
