@@ -49,7 +49,7 @@ from lightning_stable.data.text import TextDataModule
 from lightning_stable.recipes.causal_lm import CausalLM
 from lightning_stable.recipes.image_classifier import ImageClassifier
 
-ROUNDS = 80
+ROUNDS = 40
 EPOCH = 20
 INTERVAL = 5
 TARGETS = {"SAF": 0.97, "MESA": 0.72, "SAM": 0.48, "LookSAM": 0.80}
