@@ -6,8 +6,9 @@ pass has the n-th indices.
 
 Habits of the host that shape this:
 
-* It begins a pass before ``on_train_start``. The spy has to be in place by then, so it goes in where the host has
-  prepared the loader: a wrap around the strategy's ``process_dataloader``.
+* It prepares the loader and begins a pass before ``on_train_start``, and before ``on_fit_start`` if the module asks for
+  the number of steps. So the spy goes in where the host prepares it: a wrap around the strategy's
+  ``process_dataloader``, put on in ``setup``.
 * Anybody may read the train loader beside the host, which begins a pass too. The host's is the latest one that has not
   ended when the first batch of an epoch arrives.
 * A ``DataLoader`` refuses a new ``batch_sampler`` by assignment; the instance's own dictionary takes it.
@@ -46,7 +47,7 @@ class SampleIds:
         self.samples = 0
 
     def attach(self, trainer: Trainer) -> None:
-        """Watch the train loader that the host is about to prepare; before ``on_train_start``."""
+        """Watch the train loader that the host is about to prepare; in ``setup``."""
         self.undo()
 
         def around(original: Callable[[Any], Any], loader: Any) -> Any:

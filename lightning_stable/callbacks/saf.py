@@ -101,6 +101,9 @@ class SAF(LossTerm):
         if stage == "fit" and (self._module is None or self._module() is not pl_module):
             self._table = None
             self._module = weakref.ref(pl_module)
+        if stage == "fit" and self.lam != 0:
+            # As early as this: a module may ask for the loaders when it configures its optimizers.
+            self._ids.attach(trainer)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -110,12 +113,6 @@ class SAF(LossTerm):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
-
-    @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        if self.lam != 0:
-            self._ids.attach(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -211,3 +211,20 @@ def test_refuses_what_it_cannot_compare() -> None:
 class _Twice(Net):
     def loss(self, batch: Any) -> Tensor:
         return super().loss(batch) + super().loss(batch)
+
+
+class AsksForTheLoaders(Net):
+    """Sizes a schedule by the number of steps, for which the host prepares the loaders before the fit starts."""
+
+    def configure_optimizers(self) -> Any:
+        self.planned = self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
+
+
+def test_a_module_that_asks_for_the_number_of_steps() -> None:
+    module = AsksForTheLoaders()
+    found, expected = fit([short()], module=module, max_steps=12), fit([short()], max_steps=12)
+    assert module.planned == 12
+    assert_same(_weights(found), _weights(expected), "weights")
+    terms = [[entry.get("saf_loss") for _, entry in run.logged] for run in (found, expected)]
+    assert terms[0] == terms[1]
