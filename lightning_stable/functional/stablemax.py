@@ -5,9 +5,10 @@ r"""StableMax: a softmax whose exponential grows linearly, and cross-entropy wit
     s(x) = \begin{cases} x + 1 & x \ge 0 \\ 1 / (1 - x) & x < 0 \end{cases}, \qquad
     p_i = \frac{s(x_i)}{\sum_j s(x_j)}, \qquad \log s(x) = \operatorname{sign}(x)\,\log(1 + |x|)
 
-for logits :math:`x` (no unit) over one dimension (arXiv 2501.04697). A large logit cannot absorb the others in
-floating point, so the loss of a sample never becomes exactly 0 and its gradient does not vanish
-(:mod:`lightning_stable.functional.softmax_collapse`). The probabilities are the softmax of :math:`\log s`, whose
+for logits :math:`x` (no unit) over one dimension (arXiv 2501.04697). A large logit absorbs the others in
+floating point far later than with a softmax (:mod:`lightning_stable.functional.softmax_collapse`): in float32 where its
+:math:`s` is about :math:`2^{24}` times the sum of the others. Give logits in
+float64 where training goes on at a loss near 0. The probabilities are the softmax of :math:`\log s`, whose
 derivative is :math:`1 / (1 + |x|)`, 1 at 0.
 """
 
