@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.optim import Optimizer
 
-from lightning_stable.callbacks._host import MethodWrap
+from lightning_stable.callbacks._host import MethodWrap, do_nothing
 from lightning_stable.callbacks._quiet import QuietPass, RandomState, is_quiet
 
 __all__ = ["RepeatableStep", "may_repeat", "repeated_batch"]
@@ -35,10 +35,6 @@ def may_repeat(pl_module: LightningModule) -> bool:
 def repeated_batch(pl_module: LightningModule) -> int | None:
     """Return which micro-batch of its optimizer step, from 0, runs again at present; ``None`` in a first pass."""
     return _repeating.get(pl_module)
-
-
-def _nothing(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Stand in for a hook that has run in the first pass."""
 
 
 class _MicroBatch(NamedTuple):
@@ -106,7 +102,7 @@ class RepeatableStep:
         for optimizer in trainer.optimizers:
             optimizer.zero_grad()  # it may train what is not the module's
         muted = [
-            MethodWrap(callback, name, _nothing)
+            MethodWrap(callback, name, do_nothing)
             for callback in cast(Any, trainer).callbacks
             for name in ("on_before_backward", "on_after_backward")
             if getattr(type(callback), name) is not getattr(Callback, name)

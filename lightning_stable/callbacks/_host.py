@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 __all__ = [
     "MethodWrap",
+    "do_nothing",
     "gradient_scaler",
     "refuse_company",
     "refuse_iterator",
@@ -105,6 +106,10 @@ def gradient_scaler(trainer: Trainer) -> Any:
     """Return the gradient scaler of a run in half precision, ``None`` in every other run."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def do_nothing(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Stand in for a method that is not to run: what to give a :class:`MethodWrap`."""
 
 
 class MethodWrap:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_stable.callbacks._host import MethodWrap
+from lightning_stable.callbacks._host import MethodWrap, do_nothing
 
 __all__ = ["QuietPass", "RandomState", "is_quiet"]
 
@@ -84,7 +84,7 @@ class QuietPass:
         ]
         outermost = pl_module not in _quiet
         _quiet.add(pl_module)
-        wraps = [MethodWrap(pl_module, name, _nothing) for name in ("log", "on_before_backward", "on_after_backward")]
+        wraps = [MethodWrap(pl_module, name, do_nothing) for name in ("log", "on_before_backward", "on_after_backward")]
         try:
             for parent, name, metric in metrics:
                 setattr(parent, name, self._clone(metric))
@@ -106,10 +106,6 @@ class QuietPass:
         clone = self._clones[id(metric)][1]
         clone.reset()
         return clone
-
-
-def _nothing(original: Any, *args: Any, **kwargs: Any) -> None:
-    """Stand in for a method that has nothing to do in a quiet pass."""
 
 
 @torch.no_grad()

@@ -74,8 +74,8 @@ class SAM(Callback):
 
     Raises:
         ValueError: At construction for a value out of range; at the start of a fit for manual optimisation, LBFGS, a
-            sharded strategy or a training step that takes ``dataloader_iter``; in training for a first pass whose
-            gradient is not finite, with the weights as they were.
+            sharded strategy or a training step that takes ``dataloader_iter``; in training for a sparse or
+            complex gradient, and for a pass whose gradient is not finite, with the weights as they were.
     """
 
     def __init__(
