@@ -11,8 +11,9 @@ validation loss is not finite or above ln 256, that of guessing.
 
 **Grokking** (arXiv 2501.04697). A perceptron 118-128-128-59 without biases learns addition modulo 59 from 60 % of all
 pairs, full batch, by AdamW without weight decay (rate 0.01, betas 0.9 and 0.99, eps 1e-25; the released code, read in a
-fork, takes 0.999 with StableMax): with cross-entropy and with StableMax's, each in float32 and in float64 (which the released code takes for
-StableMax); with OrthoGrad and cross-entropy; and for scale with cross-entropy and the usual cure, a weight decay of 1.
+fork, takes 0.999 with StableMax): with cross-entropy and with StableMax's, each in float32 and in float64 (which the
+released code takes for StableMax); with OrthoGrad and cross-entropy; and for scale with cross-entropy and the usual
+cure, a weight decay of 1.
 Reported are the steps until 95 % of the held-out pairs are right, at which a run ends; the share of training samples
 whose softmax, in float32, has collapsed at the end (StableMax's loss has no softmax: there it tells of the logits
 only); and the share whose loss is exactly 0 in its own precision. The paper has 113 and 40 %; this is smaller, so that
