@@ -26,12 +26,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 __all__ = ["EpochSampler", "ResumableLoader", "SplitDataModule"]
 
 _SEED_STRIDE = 2_654_435_761  # prime: neighbouring seeds do not share an order in neighbouring epochs
+_TASK_STRIDE = 1_000_003  # prime as well: nor do neighbouring tasks, see data/task_stream.py
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -56,11 +58,24 @@ class EpochSampler(DistributedSampler[Any]):
 
     @override
     def __iter__(self) -> Iterator[int]:
+        # Handed over now: another reader may set both before this iteration is over.
+        return self._walk(self.epoch, self.start)
+
+    def orders(self, epoch: int) -> Iterator[Tensor]:
+        """Yield the common order of an epoch, in one piece or in several that follow each other."""
+        yield self.shuffled(len(self.dataset), epoch)  # type: ignore[arg-type] # sized, see Args
+
+    def shuffled(self, size: int, epoch: int, task: int = 0) -> Tensor:
+        """Return the numbers below ``size`` in the order of this seed, epoch and task."""
         # torch's CPU generator reads 32 bits of its seed.
-        generator = torch.Generator().manual_seed((self.seed * _SEED_STRIDE + self.epoch) % 2**32)
-        order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type] # sized, see Args
-        part = order[self.rank : self.total_size : self.num_replicas]
-        return iter(part[self.start :].tolist())
+        key = (self.seed * _SEED_STRIDE + task * _TASK_STRIDE + epoch) % 2**32
+        return torch.randperm(size, generator=torch.Generator().manual_seed(key))
+
+    def _walk(self, epoch: int, skip: int) -> Iterator[int]:
+        for order in self.orders(epoch):
+            part = order[self.rank : len(order) // self.num_replicas * self.num_replicas : self.num_replicas]
+            yield from part[skip:].tolist()
+            skip = max(0, skip - len(part))
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -73,6 +88,8 @@ class ResumableLoader(DataLoader[Any]):
         num_workers: Worker processes.
         trainer: Whose progress is followed. Without one each pass is whole, and the epoch is what
             ``loader.sampler.set_epoch`` says.
+        begun: Batches that the Trainer had trained on when epoch 0 of this order began.
+        settings: Further numbers that fix the order, to be compared when a checkpoint is loaded.
     """
 
     def __init__(
@@ -82,6 +99,8 @@ class ResumableLoader(DataLoader[Any]):
         batch_size: int,
         num_workers: int = 0,
         trainer: Trainer | None = None,
+        begun: int = 0,
+        settings: dict[str, int] | None = None,
     ) -> None:
         super().__init__(
             dataset,
@@ -95,6 +114,8 @@ class ResumableLoader(DataLoader[Any]):
         self._per_rank = batch_size
         # Any: the host's own annotations lack what is read here.
         self._trainer: Any = trainer
+        self._begun = begun
+        self._settings = settings or {}
         self._continue = False
 
     @override
@@ -105,15 +126,21 @@ class ResumableLoader(DataLoader[Any]):
     def state_dict(self) -> dict[str, int]:
         """Return the settings that fix the order; the place in it is in the Trainer's progress."""
         samples = len(self.dataset)  # type: ignore[arg-type] # sized, see Args
-        world_size = self._order.num_replicas
-        return {"seed": self._order.seed, "samples": samples, "global_batch_size": self._per_rank * world_size}
+        global_batch_size = self._per_rank * self._order.num_replicas
+        return {
+            "seed": self._order.seed,
+            "samples": samples,
+            "global_batch_size": global_batch_size,
+            **self._settings,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next ``iter`` continue the Trainer's epoch.
 
         Settings that differ from those in ``state`` are kept, with a warning that the order is another one.
         """
-        changed = [f"{key} {state[key]} -> {value}" for key, value in self.state_dict().items() if state[key] != value]
+        mine = self.state_dict()
+        changed = [f"{key} {state.get(key)} -> {value}" for key, value in mine.items() if state.get(key) != value]
         if changed:
             rank_zero_warn(
                 f"The training data is not the one of the checkpoint ({', '.join(changed)}), so this run does not see "
@@ -128,7 +155,7 @@ class ResumableLoader(DataLoader[Any]):
             done = progress.current.ready if continued else 0
             an_epoch = max(1, min(len(self), self._trainer.num_training_batches))
             # `processed`, not `ready`: a batch that was handed out and failed is to be seen again.
-            self._order.set_epoch(math.ceil((progress.total.processed - done) / an_epoch))
+            self._order.set_epoch(math.ceil((progress.total.processed - done - self._begun) / an_epoch))
         self._order.start = done * self._per_rank
         yield from super().__iter__()
 
@@ -180,8 +207,7 @@ class SplitDataModule(LightningDataModule, ABC):
         if trainer is not None and trainer.overfit_batches > 0:
             # The host wants the same few batches in every epoch, and splits a plain loader among the processes itself.
             return self._ordered(dataset)
-        split = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {"num_replicas": 1, "rank": 0}
-        sampler = EpochSampler(dataset, self.seed, split["rank"], split["num_replicas"])
+        sampler = EpochSampler(dataset, self.seed, *self._place())
         if len(sampler) < self.batch_size:
             processes = sampler.num_replicas
             raise ValueError(
@@ -205,6 +231,12 @@ class SplitDataModule(LightningDataModule, ABC):
         if self._splits is None:
             self._splits = self._load_splits()
         return self._splits
+
+    def _place(self) -> tuple[int, int]:
+        """Return this process's rank among those that read their own part, and their number."""
+        trainer: Any = self.trainer  # as in ResumableLoader
+        split = trainer.distributed_sampler_kwargs if trainer is not None else None
+        return (split["rank"], split["num_replicas"]) if split else (0, 1)
 
     def _ordered(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         """Return a plain loader; the host splits it among processes."""

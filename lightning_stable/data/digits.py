@@ -20,7 +20,16 @@ from typing_extensions import override
 
 from lightning_stable.data._resumable import SplitDataModule
 
-__all__ = ["DigitsDataModule"]
+__all__ = ["DigitsDataModule", "read_digits"]
+
+
+def read_digits() -> TensorDataset:
+    """Return all images, float32 of shape (1797, 1, 8, 8) in [0, 1], and labels, int64 in 0..9."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).to(torch.float32).div(16).unsqueeze(1)  # ink is 0..16
+    return TensorDataset(images, torch.from_numpy(digits.target).to(torch.int64))
 
 
 class DigitsDataModule(SplitDataModule):
@@ -56,14 +65,11 @@ class DigitsDataModule(SplitDataModule):
 
     @override
     def _load_splits(self) -> tuple[TensorDataset, TensorDataset]:
-        from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
-        digits = load_digits()
-        images = torch.from_numpy(digits.images).to(torch.float32).div(16).unsqueeze(1)  # ink is 0..16
-        labels = torch.from_numpy(digits.target).to(torch.int64)
+        images, labels = read_digits().tensors
         parts = train_test_split(
-            range(len(labels)), test_size=self.validation_share, stratify=digits.target, random_state=self.seed
+            range(len(labels)), test_size=self.validation_share, stratify=labels.numpy(), random_state=self.seed
         )
         train, validation = (torch.tensor(sorted(part)) for part in parts)
         return TensorDataset(images[train], labels[train]), TensorDataset(images[validation], labels[validation])
