@@ -11,7 +11,7 @@ help:
 	@echo "make lint         ruff, mypy --strict, import-linter"
 	@echo "make docs         build the HTML documentation into docs/_build/html"
 	@echo "make bench-NAME   run benchmarks/NAME.py (wsd, ema, balanced_ema, sharpness_cost, sharpness_effect,"
-	@echo "                  gradient_stabilisers, gradient_overhead, import_time)"
+	@echo "                  gradient_stabilisers, gradient_overhead, stability_gap, evaluation_cost, import_time)"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
@@ -22,8 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)
 	$(BIN)/lightning-stable run quickstart
 
+# One process a core, one thread each. The processes of one test talk to each other, so each worker has its own pair.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
