@@ -18,7 +18,8 @@ class Method(NamedTuple):
         class_path: Dotted path of the class, as a config's ``class_path``.
         paper: Its source, as an arXiv id.
         summary: What it is for, in one line.
-        addons: Further packaged addons that configure the same class.
+        addons: Further packaged addons that configure the same class. A metric has none: it is no part of a Trainer.
+        relatives: Further public classes of the method, as bare names in the module of ``class_path``.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Method(NamedTuple):
     paper: str
     summary: str
     addons: tuple[str, ...] = ()
+    relatives: tuple[str, ...] = ()
 
     @property
     def class_name(self) -> str:
@@ -105,6 +107,76 @@ METHODS: tuple[Method, ...] = (
         class_path="lightning_stable.callbacks.softmax_collapse.SoftmaxCollapseMonitor",
         paper="2501.04697",
         summary="Watch how many samples have a loss of exactly zero in floating point, and hardly a gradient",
+    ),
+    Method(
+        name="stability_gap",
+        kind="callback",
+        class_path="lightning_stable.callbacks.stability_gap.StabilityGap",
+        paper="2205.13452",
+        summary="Score every task seen so far inside training, and how deep each falls when the next begins",
+    ),
+    Method(
+        name="replay",
+        kind="callback",
+        class_path="lightning_stable.callbacks.replay.Replay",
+        paper="1902.10486, 2401.10393",
+        summary="Train on a few stored samples beside each new batch",
+    ),
+    Method(
+        name="l2_anchor",
+        kind="callback",
+        class_path="lightning_stable.callbacks.l2_anchor.L2Anchor",
+        paper="2203.17269",
+        summary="Hold the weights near where the last task left them",
+    ),
+    Method(
+        name="ewc",
+        kind="callback",
+        class_path="lightning_stable.callbacks.ewc.EWC",
+        paper="1612.00796, 1805.06370",
+        summary="Elastic weight consolidation: hold those weights near the last task's that the old tasks need",
+    ),
+    Method(
+        name="lwf",
+        kind="callback",
+        class_path="lightning_stable.callbacks.lwf.LwF",
+        paper="1606.09282, 2203.17269",
+        summary="Learning without forgetting: distil from the weights that the last task ended with",
+    ),
+    Method(
+        name="refresh_learning",
+        kind="callback",
+        class_path="lightning_stable.callbacks.refresh_learning.RefreshLearning",
+        paper="2403.13249",
+        summary="Unlearn each batch a little before it is learned, beside a method that remembers",
+    ),
+    Method(
+        name="lae",
+        kind="callback",
+        class_path="lightning_stable.callbacks.lae.LAE",
+        paper="2303.10070",
+        summary="Adapters that learn task after task, a slow copy of them that remembers, and a prediction by both",
+    ),
+    Method(
+        name="continual",
+        kind="metric",
+        class_path="lightning_stable.metrics.continual.ContinualMetrics",
+        paper="2205.13452",
+        summary="Forgetting, transfer, worst case and stability gap of a model that learns one task after another",
+        relatives=(
+            "AverageAccuracy",
+            "BackwardTransfer",
+            "Forgetting",
+            "ForwardTransfer",
+            "GapDepth",
+            "GapRecovered",
+            "GapRecovery",
+            "LearningCurveArea",
+            "MinAccuracy",
+            "WindowedForgetting",
+            "WindowedPlasticity",
+            "WorstCaseAccuracy",
+        ),
     ),
 )
 

@@ -1,5 +1,6 @@
 """The table of methods, and the package's promise to import nothing heavy until it is asked for."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -38,10 +39,13 @@ def test_there_are_rows_and_no_two_share_a_name_or_a_class():
     assert len({method.name for method in METHODS}) == len(METHODS)
     assert len({method.class_name for method in METHODS}) == len(METHODS)
     assert len({method.class_path for method in METHODS}) == len(METHODS)
+    classes = [name for method in METHODS for name in (method.class_name, *method.relatives)]
+    assert len(set(classes)) == len(classes)
 
 
 def test_no_two_rows_share_an_addon():
-    addons = [addon for method in METHODS for addon in (method.name, *method.addons)]
+    own = [method.name for method in METHODS if method.kind != "metric"]
+    addons = [*own, *(addon for method in METHODS for addon in method.addons)]
     assert len(set(addons)) == len(addons)
 
 
@@ -58,6 +62,7 @@ def test_a_row_is_well_formed(method: Method):
     assert class_name[0].isupper()
     assert all(NAME.fullmatch(addon) for addon in method.addons)
     assert isinstance(method.addons, tuple)
+    assert isinstance(method.relatives, tuple)
 
 
 @each_method
@@ -78,6 +83,18 @@ def test_a_row_loads_its_class_and_the_package_exports_it(method: Method):
     assert f"{cls.__module__}.{cls.__qualname__}" == method.class_path
     assert getattr(lightning_stable, method.class_name) is cls
     assert cls.__doc__
+
+
+@each_method
+def test_a_row_names_every_further_public_class_of_its_module(method: Method):
+    module = sys.modules[load_class(method).__module__]
+    classes = {name for name in module.__all__ if isinstance(getattr(module, name), type)}
+    assert classes == {method.class_name, *method.relatives}
+    room = importlib.import_module(module.__name__.rpartition(".")[0])
+    for name in method.relatives:
+        assert getattr(module, name).__module__ == module.__name__
+        assert getattr(module, name).__doc__
+        assert getattr(room, name) is getattr(module, name)
 
 
 # ----------------------------------------------------------------------------- finding
@@ -157,6 +174,18 @@ assert lightning_stable.EMA.__name__ == "EMA"
 from lightning_stable.callbacks import EMA
 assert EMA is lightning_stable.EMA
 heavy = ("pytorch_lightning", "transformers", "peft", "sklearn", "matplotlib", "torchao", "jsonargparse", "omegaconf")
+print(*[name for name in heavy if name in sys.modules and name not in before])
+"""
+    assert python(code, tmp_path) == ""
+
+
+def test_a_metric_brings_torchmetrics_and_nothing_heavier(tmp_path: Path):
+    code = """
+import sys
+import torchmetrics
+before = set(sys.modules)
+from lightning_stable.metrics import ContinualMetrics
+heavy = ("lightning", "pytorch_lightning", "transformers", "peft", "sklearn", "matplotlib", "torchao", "jsonargparse")
 print(*[name for name in heavy if name in sys.modules and name not in before])
 """
     assert python(code, tmp_path) == ""

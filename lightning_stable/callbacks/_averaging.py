@@ -128,7 +128,7 @@ class AveragedWeights(Callback, ABC):
             self._restored = None
         elif self._shadow is not None:
             # The fit before may have ended on the average: the module holds it, and training goes on from there.
-            shadow = self._averaged()
+            shadow = self.averaged()
             self._swap.release()
             self._place(shadow, pl_module)
         # What the shadow holds stays tracked, even if it no longer trains.
@@ -231,7 +231,7 @@ class AveragedWeights(Callback, ABC):
             live = self._live(module)[1]
         return {
             "updates": self._updates,
-            "shadow": self._averaged(),
+            "shadow": self.averaged(),
             "live": {name: value.detach() for name, value in zip(self._shadow, live, strict=True)},
             "aliases": dict(self._aliases),
         }
@@ -263,6 +263,11 @@ class AveragedWeights(Callback, ABC):
         """Averages taken so far."""
         return self._updates
 
+    def averaged(self) -> dict[str, Tensor]:
+        """Return the averaged values by name, wherever they are at present; none before the average began."""
+        shadow = self._shadow or {}
+        return dict(zip(shadow, self._swap.other_values(), strict=True)) if self._swap.active else dict(shadow)
+
     def reset(self) -> None:
         """Forget the average: the next fit starts a new one from the module's weights then."""
         self._swap.release()
@@ -271,11 +276,6 @@ class AveragedWeights(Callback, ABC):
         self._parameters = {}
 
     # ------------------------------------------------------------------ helpers
-
-    def _averaged(self) -> dict[str, Tensor]:
-        """Return the averaged values by name, wherever they are at present."""
-        shadow = self._shadow or {}
-        return dict(zip(shadow, self._swap.other_values(), strict=True)) if self._swap.active else dict(shadow)
 
     def _live(self, pl_module: LightningModule) -> tuple[list[str], list[Tensor]]:
         """Return the names and the live tensors that are tracked, in the order of the shadow."""
@@ -342,7 +342,7 @@ class AveragedWeights(Callback, ABC):
         """Let a checkpoint's ``state_dict`` be the weights that validation measures, whoever saves it."""
         if self._shadow is None or (self.validate_with == "live" and not self._swap.active):
             return
-        validated = self._averaged()
+        validated = self.averaged()
         if self.validate_with == "live":
             validated = dict(zip(self._shadow, self._swap.live_values(), strict=True))
         weights = checkpoint["state_dict"]

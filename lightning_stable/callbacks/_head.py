@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
-from lightning_stable.callbacks._quiet import is_quiet
+from lightning_stable.callbacks._quiet import quiet_depth
 
 __all__ = ["HeadTap"]
 
@@ -43,7 +43,7 @@ class HeadTap:
         self.name = name
         self._handles: list[RemovableHandle] = []
         self._record: Record | None = None
-        self._quiet = False
+        self._depth = 0
         self._module: LightningModule | None = None
 
     def attach(self, pl_module: LightningModule) -> None:
@@ -86,11 +86,11 @@ class HeadTap:
         """Record what the hooked modules put out, without that of quiet passes within the one to be recorded."""
         record: Record = []
         outer, self._record = self._record, record
-        outer_quiet, self._quiet = self._quiet, self._is_quiet()
+        outer_depth, self._depth = self._depth, self._present_depth()
         try:
             yield record
         finally:
-            self._record, self._quiet = outer, outer_quiet
+            self._record, self._depth = outer, outer_depth
 
     def resolve(self, record: Record, loss: Tensor, pl_module: LightningModule) -> None:
         """Settle which module is the head, once; nothing happens if it is known.
@@ -130,12 +130,12 @@ class HeadTap:
             )
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _is_quiet(self) -> bool:
-        return self._module is not None and is_quiet(self._module)
+    def _present_depth(self) -> int:
+        return 0 if self._module is None else quiet_depth(self._module)
 
     def _hook(self, name: str, part: nn.Module) -> None:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            if self._record is not None and self._is_quiet() == self._quiet:
+            if self._record is not None and self._present_depth() == self._depth:
                 self._record.append((name, output))
 
         self._handles.append(part.register_forward_hook(keep))

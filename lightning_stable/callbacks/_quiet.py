@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,15 +14,20 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_stable.callbacks._host import MethodWrap, do_nothing
 
-__all__ = ["QuietPass", "RandomState", "is_quiet"]
+__all__ = ["QuietPass", "RandomState", "is_quiet", "quiet_depth"]
 
-# Modules in a quiet pass at present.
-_quiet: WeakSet[LightningModule] = WeakSet()
+# Modules in a quiet pass at present, with how many of them are within each other.
+_quiet: WeakKeyDictionary[LightningModule, int] = WeakKeyDictionary()
 
 
 def is_quiet(pl_module: LightningModule) -> bool:
     """Tell whether the training step that runs is one beside those that count, and not to be recorded."""
-    return pl_module in _quiet
+    return quiet_depth(pl_module) > 0
+
+
+def quiet_depth(pl_module: LightningModule) -> int:
+    """Return within how many quiet passes the training step runs, to tell a pass from one within it."""
+    return _quiet.get(pl_module, 0)
 
 
 class RandomState(NamedTuple):
@@ -66,33 +71,37 @@ class QuietPass:
 
     ``self.log`` does nothing, torchmetrics are stood in for by clones, and buffers and random numbers are afterwards
     what they were before. Gradients are the caller's.
+
+    Args:
+        training: The pass is trained on: buffers, such as batch statistics, and random numbers move on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, training: bool = False) -> None:
+        self._training = training
         # By identity, beside the metric itself: a metric's own hash follows its state.
         self._clones: dict[int, tuple[Metric | MetricCollection, Metric | MetricCollection]] = {}
 
     @contextmanager
     def __call__(self, pl_module: LightningModule) -> Iterator[None]:
         """Make what runs inside quiet."""
-        random_state = RandomState.capture(pl_module.device)
+        random_state = None if self._training else RandomState.capture(pl_module.device)
         metrics = list(_metrics(pl_module))
         buffers = [
             (part, name, buffer, buffer.detach().clone())
-            for part in pl_module.modules()
+            for part in (() if self._training else pl_module.modules())
             for name, buffer in part.named_buffers(recurse=False)
         ]
-        outermost = pl_module not in _quiet
-        _quiet.add(pl_module)
+        depth = quiet_depth(pl_module)
+        _quiet[pl_module] = depth + 1
         wraps = [MethodWrap(pl_module, name, do_nothing) for name in ("log", "on_before_backward", "on_after_backward")]
         try:
             for parent, name, metric in metrics:
                 setattr(parent, name, self._clone(metric))
             yield
         finally:
-            random_state.restore(pl_module.device)
-            if outermost:
-                _quiet.discard(pl_module)
+            if random_state is not None:
+                random_state.restore(pl_module.device)
+            _quiet[pl_module] = depth
             for wrap in reversed(wraps):
                 wrap.undo()
             for parent, name, metric in metrics:

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_stable.callbacks._evaluate import eval_mode
 from lightning_stable.callbacks._host import refuse_iterator
 from lightning_stable.callbacks._loss import LossTerm
 from lightning_stable.callbacks._quiet import QuietPass
+from lightning_stable.callbacks._reference import call_with_weights
 from lightning_stable.functional.ema import EMAState, check_decay, init_ema, update_ema
 from lightning_stable.functional.trajectory_loss import trajectory_loss
 
@@ -130,10 +131,9 @@ class MESA(LossTerm):
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, step: Callable[[], Any]) -> Any:
         if trainer.current_epoch < self.start_epoch:
             return None
-        weights = {f"module.{name}": value for name, value in self._average.items()}
         # Before the live pass: the module's tensors are what the graph of that one is made of.
         with torch.no_grad(), self._quiet(pl_module), eval_mode(pl_module), self._tap.recording() as record:
-            torch.func.functional_call(_Called(pl_module, step), weights, ())
+            call_with_weights(pl_module, self._average, step)
         return record
 
     @override
@@ -165,16 +165,3 @@ class MESA(LossTerm):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only means something in this process."""
         return {**super().__getstate__(), "_module": None, "_live": [], "_quiet": QuietPass()}
-
-
-class _Called(nn.Module):
-    """Runs a function of a module as this one's ``forward``, so that torch can put other weights in for the call."""
-
-    def __init__(self, module: nn.Module, step: Callable[[], Any]) -> None:
-        super().__init__()
-        self.module = module
-        self.step = step
-
-    @override
-    def forward(self) -> Any:
-        return self.step()

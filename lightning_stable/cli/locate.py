@@ -5,7 +5,16 @@ from typing import Literal, NamedTuple
 
 from lightning_stable.registry import nearest
 
-__all__ = ["FOLDERS", "CommandError", "Template", "find_template", "list_templates", "read_card", "resolve_config"]
+__all__ = [
+    "FOLDERS",
+    "CommandError",
+    "Template",
+    "find_template",
+    "list_templates",
+    "read_card",
+    "resolve_config",
+    "short_path",
+]
 
 TemplateKind = Literal["recipe", "addon"]
 
@@ -83,6 +92,14 @@ def read_card(name: str) -> str:
     if not path.is_file():
         raise CommandError(f"The method {name!r} has no card: {path} does not exist.")
     return path.read_text(encoding="utf-8")
+
+
+def short_path(path: Path) -> str:
+    """Return a path as seen from the current directory."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
 
 
 def _folder(installed: str, in_source: str) -> Path:

@@ -27,6 +27,7 @@ COMMANDS = {
     "run": "train a packaged recipe",
     "list": "list methods, recipes and addons",
     "show": "print the card of a method, or a packaged config",
+    "plot": "draw the stability gap of a run",
     **TRAINER_COMMANDS,
 }
 
@@ -37,6 +38,7 @@ examples:
   {PROGRAM} fit --config mine.yaml --config addon:ema
   {PROGRAM} validate --config recipe:quickstart --ckpt_path runs/quickstart/version_0/checkpoints/last.ckpt
   {PROGRAM} show wsd
+  {PROGRAM} plot runs/stability_gap/version_0
 """
 
 
@@ -92,15 +94,24 @@ def _dispatch(arguments: list[str], debug: bool) -> int:
     if not command:
         parser.print_help(sys.stderr)
         return 2
-    options = parser.parse_args(arguments)
+    _run_light(parser.parse_args(arguments))
+    sys.stdout.flush()
+    return 0
+
+
+def _run_light(options: argparse.Namespace) -> None:
+    """Run a command that needs no torch."""
+    if options.command == "plot":
+        from lightning_stable.cli.plot import plot
+
+        plot(options.source, options.output)
+        return
     from lightning_stable.cli.catalogue import print_list, show
 
     if options.command == "show":
         show(options.name)
     else:
         print_list()
-    sys.stdout.flush()
-    return 0
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -161,6 +172,16 @@ def _parser() -> _Parser:
         "show", help=COMMANDS["show"], description="Print the card of a method, or the YAML of a recipe or an addon."
     )
     show.add_argument("name", metavar="NAME", help="a method, recipe or addon; addon:NAME where a method has that name")
+    plot = commands.add_parser(
+        "plot",
+        help=COMMANDS["plot"],
+        description="Print the table of a stability_gap.json, the file of the callback StabilityGap, and draw the "
+        "score of each task over the steps.",
+    )
+    plot.add_argument("source", metavar="PATH", help="the file, or the folder of the run that holds it")
+    plot.add_argument(
+        "--output", metavar="FILE", help="the picture, as .png, .svg or .pdf; by default stability_gap.png beside it"
+    )
     for command, text in TRAINER_COMMANDS.items():
         commands.add_parser(command, help=text)
     return parser

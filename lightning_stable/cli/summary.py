@@ -9,7 +9,10 @@ from typing import NamedTuple
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
+from lightning_stable.callbacks._gap_files import PICTURE_NAME
+from lightning_stable.callbacks.stability_gap import StabilityGap
 from lightning_stable.callbacks.wsd import WarmupStableDecay
+from lightning_stable.cli.locate import short_path
 
 __all__ = ["LIVE", "BudgetRow", "Metrics", "budget_rows", "print_summary", "read_metrics", "validation_metrics"]
 
@@ -82,7 +85,7 @@ def budget_rows(metrics: Metrics, budgets: list[int], folders: list[Path], late:
 
 
 def print_summary(trainer: Trainer, folder: Path) -> None:
-    """Print the table of budgets, write the picture, and name the run's folder.
+    """Print the table of budgets, write the picture, and name the run's folder and other pictures.
 
     Args:
         trainer: A Trainer whose fit is over. Nothing is printed after ``fast_dev_run``, which keeps no files.
@@ -99,7 +102,18 @@ def print_summary(trainer: Trainer, folder: Path) -> None:
         _write_picture(metrics, folder / "training.png", budgets)
     elif not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
         sys.stdout.write("No table or picture: they are made from a CSVLogger's metrics.csv (trainer.logger).\n")
-    sys.stdout.write(f"The run's files are in {_short(folder)}\n")
+    for picture in _gap_pictures(trainer, folder):  # its table was printed where each task ended
+        sys.stdout.write(f"Picture: {short_path(picture)}\n")
+    sys.stdout.write(f"The run's files are in {short_path(folder)}\n")
+
+
+def _gap_pictures(trainer: Trainer, folder: Path) -> list[Path]:
+    """Return the pictures that StabilityGap has drawn."""
+    drawn = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StabilityGap) and callback.picture:
+            drawn.append(Path(callback.directory or folder) / PICTURE_NAME)
+    return [path for path in drawn if path.is_file()]
 
 
 def _late(trainer: Trainer) -> int:
@@ -149,7 +163,7 @@ def _print_table(rows: list[BudgetRow]) -> None:
     # Off a terminal rich would assume 80 columns and fold the paths.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(table)
-    folders = dict.fromkeys(_short(row.checkpoint.parent) for row in rows if row.checkpoint)
+    folders = dict.fromkeys(short_path(row.checkpoint.parent) for row in rows if row.checkpoint)
     sys.stdout.writelines(f"Checkpoints: {folder}\n" for folder in folders)
     missed = [row.step for row in rows if None in row.values.values()]
     if missed:
@@ -180,15 +194,7 @@ def _write_picture(metrics: Metrics, path: Path, budgets: list[int]) -> None:
         sys.stdout.write("No picture: matplotlib is missing. Get it by: pip install 'lightning-stable[plots]'\n")
         return
     if draw_training(metrics, path, budgets=budgets):
-        sys.stdout.write(f"Picture: {_short(path)}\n")
-
-
-def _short(path: Path) -> str:
-    """Return a path as seen from the current directory."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+        sys.stdout.write(f"Picture: {short_path(path)}\n")
 
 
 def _number(cell: str | None) -> float | None:

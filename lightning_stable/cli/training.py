@@ -216,6 +216,8 @@ def train(args: list[str], *, debug: bool = False) -> int:
     with warnings.catch_warnings():
         # The host calls a name that torch deprecates; nothing in a user's run causes or cures it.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        # An optimizer in a config is asked for, in place of the module's own.
+        warnings.filterwarnings("ignore", message=".*configure_optimizers` will be overridden by.*")
         try:
             StableCLI(args)
         except CommandError:

@@ -14,6 +14,9 @@ class CliModule(LightningModule):
         self.lr = lr
         self.layer = nn.Linear(4, width)
 
+    def forward(self, x):
+        return self.layer(x)
+
     def training_step(self, batch, batch_idx):
         loss = self.layer(batch[0]).pow(2).mean()
         self.log("train_loss", loss)
@@ -32,10 +35,15 @@ class CliData(LightningDataModule):
         self.batch_size = batch_size
 
     def train_dataloader(self):
-        return DataLoader(TensorDataset(torch.ones(8, 4)), self.batch_size)
+        return DataLoader(_labelled(8), self.batch_size)
 
     def val_dataloader(self):
-        return DataLoader(TensorDataset(torch.ones(2, 4)), self.batch_size)
+        return DataLoader(_labelled(2), self.batch_size)
+
+
+def _labelled(count: int) -> TensorDataset:
+    """Samples with labels, which the module has no use for and some callbacks do."""
+    return TensorDataset(torch.ones(count, 4), torch.zeros(count, dtype=torch.long))
 
 
 class CliProbe(Callback):

@@ -34,8 +34,9 @@ def test_list_shows_tables_on_a_terminal(capsys, monkeypatch):
     assert "wsd_s" in out
 
 
-def test_every_method_has_an_addon_and_every_addon_a_method():
-    known = {name for method in METHODS for name in (method.name, *method.addons)}
+def test_every_method_but_a_metric_has_an_addon_and_every_addon_a_method():
+    known = {method.name for method in METHODS if method.kind != "metric"}
+    known |= {addon for method in METHODS for addon in method.addons}
     assert {template.name for template in list_templates("addon")} == known
 
 
@@ -97,7 +98,7 @@ def test_help_and_version(capsys):
     out = capsys.readouterr().out
     for command in COMMANDS:
         assert f"\n  {command} " in out or f"\n    {command} " in out
-    for command in ("run", "list", "show"):
+    for command in ("run", "list", "show", "plot"):
         assert main([command, "--help"]) == 0
         assert f"usage: lightning-stable {command}" in capsys.readouterr().out
     assert main(["run", "quickstart", "--help"]) == 0
@@ -109,13 +110,14 @@ def test_help_and_version(capsys):
 
 
 def test_the_commands_are_frozen():
-    assert list(COMMANDS) == ["run", "list", "show", "fit", "validate", "test", "predict"]
+    assert list(COMMANDS) == ["run", "list", "show", "plot", "fit", "validate", "test", "predict"]
 
 
 def test_light_commands_import_no_torch():
     code = (
         "import sys; from lightning_stable.cli.main import main\n"
-        "codes = [main(a) for a in (['list'], ['show', 'wsd_s'], ['--help'], ['run', '--help'], ['--version'])]\n"
+        "light = (['list'], ['show', 'wsd_s'], ['--help'], ['run', '--help'], ['plot', '--help'], ['--version'])\n"
+        "codes = [main(arguments) for arguments in light]\n"
         "heavy = {'torch', 'lightning', 'jsonargparse', 'omegaconf', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'{codes} {heavy}' if any(codes) or heavy else 0)"
     )

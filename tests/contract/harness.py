@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from contract.feeding import Feeder, is_metric, place, without_metric
 from contract.streams import BATCHES, FEATURES, EndlessStream, Stream
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
@@ -171,13 +172,16 @@ class TwoOptimizerNet(Net):
 
 
 class PlainBoring(BoringModel):
-    """Lightning's own example module, without its scheduler, and with epochs as short as those of the others."""
+    """Lightning's own example module, without its scheduler, and with epochs as short as those of the others.
+
+    Batches of one sample let its loss jump; the rate is such that it does not diverge of itself.
+    """
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(RandomDataset(32, BATCHES))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)
+        return torch.optim.SGD(self.parameters(), lr=0.04, momentum=0.5)
 
 
 class Case(NamedTuple):
@@ -215,13 +219,23 @@ class MemoryLogger(Logger):
         pass
 
 
+def entries_so_far(trainer: Trainer) -> int:
+    """Return how many entries the memory logger of a Trainer has; 0 if it has another one."""
+    return len(trainer.logger.entries) if isinstance(trainer.logger, MemoryLogger) else 0
+
+
 class SaveAt(Callback):
-    """Saves a full checkpoint after an optimizer step: at the end of its batch, or of the validation after it."""
+    """Saves a full checkpoint after an optimizer step: at the end of its batch, or of the validation after it.
+
+    Attributes:
+        logged: How many entries the logger had by then: a run that goes on from there does not make them again.
+    """
 
     def __init__(self, step: int, path: str, moment: str = "batch end") -> None:
         self.step = step
         self.path = path
         self.moment = moment
+        self.logged = 0
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         self._save(trainer, "batch end")
@@ -232,6 +246,7 @@ class SaveAt(Callback):
     def _save(self, trainer: Trainer, moment: str) -> None:
         if moment == self.moment and trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
+            self.logged = entries_so_far(trainer)
 
 
 class AskAt(Callback):
@@ -263,18 +278,27 @@ class Run:
     def snapshot(self, from_step: int = 0) -> dict[str, Any]:
         """Everything that two runs have to agree in: weights, optimizers, plugins, logged values from a step on."""
         return {
-            "weights": copy.deepcopy(self.module.state_dict()),
+            "weights": copy.deepcopy(without_metric(self.module)),
             "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self.trainer.optimizers],
             "plugins": [copy.deepcopy(plugin.state_dict()) for plugin in self.plugins if hasattr(plugin, "state_dict")],
             "logged": [entry for entry in self.logged if entry[0] >= from_step],
         }
 
 
-def attach(plugins: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Put plugins where a Trainer takes them: callbacks, one strategy, and the rest, such as a precision."""
-    callbacks = [plugin for plugin in plugins if isinstance(plugin, Callback)]
+def attach(
+    plugins: list[Any], settings: dict[str, Any], module: LightningModule, *, resumed: bool = False
+) -> dict[str, Any]:
+    """Put plugins where a Trainer takes them: callbacks, one strategy, and the rest, such as a precision.
+
+    A metric becomes a part of the module, and a callback feeds it.
+    """
+    metrics = [plugin for plugin in plugins if is_metric(plugin)]
+    for metric in metrics:
+        place(metric, module, resumed=resumed)
+    # Fed before another callback saves.
+    callbacks = [*map(Feeder, metrics), *(plugin for plugin in plugins if isinstance(plugin, Callback))]
     strategies = [plugin for plugin in plugins if isinstance(plugin, Strategy)]
-    rest = [plugin for plugin in plugins if not isinstance(plugin, (Callback, Strategy))]
+    rest = [plugin for plugin in plugins if not isinstance(plugin, (Callback, Strategy)) and not is_metric(plugin)]
     if len(strategies) > 1:
         raise ValueError(f"A Trainer takes one strategy, not {[type(plugin).__name__ for plugin in strategies]}.")
     if strategies:
@@ -298,7 +322,7 @@ def fit(
     logger = MemoryLogger()
     if trainer is None:
         defaults = {**QUIET, "devices": 1, "logger": logger, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
-        trainer = Trainer(**attach(plugins, {**defaults, **settings}))
+        trainer = Trainer(**attach(plugins, {**defaults, **settings}, module, resumed=ckpt_path is not None))
     if own_loaders:
         trainer.fit(module, ckpt_path=ckpt_path)
     else:

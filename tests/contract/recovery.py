@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from contract.feeding import without_metric
 from contract.harness import (
     BATCHES,
     QUIET,
@@ -21,12 +22,14 @@ from contract.harness import (
     assert_same,
     attach,
     differences,
+    entries_so_far,
     fit,
 )
 from contract.rows import CUT, STEPS, Row
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
+from torchmetrics import Metric
 
 # ---------------------------------------------------------------------------------------------------- 1
 
@@ -56,7 +59,8 @@ def check_resume(
         return fit([*objects, *others], validation=Stream(2, seed=5), **common, **more)
 
     straight = run(plugins())
-    again = run(plugins(), _saver(moment, cut, path))
+    saver = _saver(moment, cut, path)
+    again = run(plugins(), saver)
     assert_same(again.snapshot()["weights"], straight.snapshot()["weights"], "saving a checkpoint changed training")
     assert len(straight.steps) == STEPS, f"the run took {len(straight.steps)} optimizer steps, not {STEPS}"
     assert path.exists(), f"nothing was saved at {moment} of step {cut}"
@@ -66,6 +70,8 @@ def check_resume(
     size = len(company) + 1
     # Resumed at the end of an epoch, the host logs the same values under other numbers of step and epoch.
     numbered = moment != "epoch end"
+    # What a plugin reported of the last step before the checkpoint was saved is not reported again.
+    straight.logged = straight.logged[saver.logged :]
     expected = _comparable(straight, skip=cut, plugins=size, numbered=numbered)
     resumed = _comparable(run(plugins(), *others, ckpt_path=str(path)), plugins=size, numbered=numbered)
     assert_same(resumed, expected, "resumed run against uninterrupted run")
@@ -78,10 +84,24 @@ def check_resume(
     assert_same(resumed, expected, "run resumed with used objects against uninterrupted run")
 
 
-def _saver(moment: str, step: int, path: Path) -> Callback:
+class _SaveEpoch(ModelCheckpoint):
+    """Saves at the end of each epoch, and notes how many entries the logger had at the end of the first.
+
+    Attributes:
+        logged: As those of :class:`.SaveAt`.
+    """
+
+    logged = 0
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self.logged = self.logged or entries_so_far(trainer)
+
+
+def _saver(moment: str, step: int, path: Path) -> SaveAt | _SaveEpoch:
     """Return the callback that saves at this moment."""
     if moment == "epoch end":
-        return ModelCheckpoint(path.parent, "{step}", every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1)
+        return _SaveEpoch(path.parent, "{step}", every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1)
     return SaveAt(step, str(path), moment)
 
 
@@ -102,14 +122,14 @@ def _comparable(run: Run, plugins: int, skip: int = 0, *, numbered: bool) -> dic
 def check_exception(row: Row, where: str, tmp_path: Path) -> None:
     """After a failure in a training or validation step nothing of the plugin is left, and the module trains on."""
     module = DictNet()
-    hooks = _hooks(module)
     module.fail_at = (where, CUT)
     plugin = row.settings.make()
     run = Run(None, module, [plugin])
     # What was asked for a step before has to be over, too.
     objects = [plugin, *_asking(row, plugin, CUT - 1)]
     settings = {**QUIET, "devices": 1, "max_steps": STEPS, "val_check_interval": 2, "num_sanity_val_steps": 0}
-    trainer = Trainer(**attach(objects, settings))
+    trainer = Trainer(**attach(objects, settings, module))
+    hooks = _hooks(module)
     with pytest.raises(RuntimeError, match="deliberate failure"):
         trainer.fit(module, Stream(), Stream(2, seed=5))
     assert len(run.steps) == CUT, f"the failure came after {len(run.steps)} steps, not {CUT}"
@@ -133,10 +153,10 @@ def check_leftovers(row: Row, other: Row) -> None:
         return  # where a strategy wraps the module, the host itself leaves ``forward`` redirected
     for failing in (False, True):
         module = DictNet()
-        hooks = _hooks(module)
         module.fail_at = ("train", 2) if failing else None
         plugins = [row.settings.make(), other.settings.make()]
-        trainer = Trainer(**attach(plugins, {**QUIET, "devices": 1, "max_steps": STEPS}))
+        trainer = Trainer(**attach(plugins, {**QUIET, "devices": 1, "max_steps": STEPS}, module))
+        hooks = _hooks(module)
         with pytest.raises(RuntimeError, match="deliberate failure") if failing else nullcontext():
             trainer.fit(module, Stream())
         _assert_nothing_left(module, trainer, hooks)
@@ -147,7 +167,7 @@ def check_failing_test(row: Row, tmp_path: Path) -> None:
     plugin = row.settings.make()
     run = fit([plugin], validation=Stream(2, seed=5), max_steps=STEPS)
     before = copy.deepcopy(run.module.state_dict())
-    new = Trainer(**attach([plugin], {**QUIET, "devices": 1}))
+    new = Trainer(**attach([plugin], {**QUIET, "devices": 1}, run.module))
     for trainer, which in ((run.trainer, "the same Trainer"), (new, "a new Trainer")):
         run.module.fail_at = ("test", trainer.global_step)
         with pytest.raises(RuntimeError, match="deliberate failure"):
@@ -176,7 +196,9 @@ def _hooks(module: LightningModule) -> dict[str, int]:
 
 def _assert_nothing_left(module: LightningModule, trainer: Trainer, hooks: dict[str, int]) -> None:
     assert _hooks(module) == hooks, f"hooks are left: {set(_hooks(module).items()) ^ set(hooks.items())}"
-    for target in (*module.modules(), trainer, trainer.strategy, trainer.precision_plugin, *trainer.optimizers):
+    # Every metric of torchmetrics wraps its own methods.
+    parts = [part for part in module.modules() if not isinstance(part, Metric)]
+    for target in (*parts, trainer, trainer.strategy, trainer.precision_plugin, *trainer.optimizers):
         wrapped = [
             name
             for name, value in vars(target).items()
@@ -189,7 +211,7 @@ def _assert_nothing_left(module: LightningModule, trainer: Trainer, hooks: dict[
 
 
 def is_finite(module: LightningModule) -> bool:
-    return all(bool(value.isfinite().all()) for value in module.state_dict().values() if value.is_floating_point())
+    return all(bool(value.isfinite().all()) for value in without_metric(module).values() if value.is_floating_point())
 
 
 # ---------------------------------------------------------------------------------------------------- 7
@@ -225,7 +247,7 @@ def _check_validation_between(row: Row, tmp_path: Path) -> None:
     plugin, path = row.settings.make(), tmp_path / "between.ckpt"
     savers = [*_asking(row, plugin, CUT - 1), SaveAt(CUT, str(path))]
     first = fit([plugin, *savers], validation=Stream(2, seed=5), max_steps=STEPS)
-    trainer = Trainer(**attach([plugin], {**QUIET, "devices": 1}))
+    trainer = Trainer(**attach([plugin], {**QUIET, "devices": 1}, first.module))
     trainer.validate(first.module, Stream(2, seed=5), ckpt_path=str(path), verbose=False)
     _assert_as_new(row, plugin, "an object that validated a checkpoint")
 

@@ -41,11 +41,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """A method under contract."""
+    """A method under contract.
+
+    Attributes:
+        name: The one name of the method.
+        class_path: Dotted path of its class.
+        settings: What the contracts need to know about it.
+        kind: What the class plugs into: a metric is a part of the module, the rest a Trainer takes.
+        addons: Its addon templates.
+        card: Its card.
+    """
 
     name: str
     class_path: str
     settings: Settings
+    kind: str = "callback"
     addons: tuple[Path, ...] = ()
     card: Path | None = None
 

@@ -5,7 +5,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from contract import oracle_checks
+from contract import continual_rows, metric_checks, oracle_checks
 from contract.rows import STEPS, Row, Settings
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import Precision
@@ -26,6 +26,7 @@ from lightning_stable.callbacks import (
     StableSPAM,
     WarmupStableDecay,
 )
+from lightning_stable.metrics import ContinualMetrics
 
 ROOT = Path(__file__).parents[2]
 # The rooms whose public classes are methods.
@@ -114,6 +115,17 @@ SETTINGS: dict[str, Settings] = {
         identities=(lambda: SoftmaxCollapseMonitor(**oracle_checks.MONITOR),),
         observer=True,
     ),
+    "continual": Settings(
+        make=lambda: ContinualMetrics(**metric_checks.CONTINUAL),
+        oracle=metric_checks.continual,
+        identities=(lambda: ContinualMetrics(**metric_checks.CONTINUAL),),
+        observer=True,
+        expected_failures={
+            "yaml": "A metric is no part of a Trainer: StabilityGap, which has an addon, computes the same values in "
+            "a run."
+        },
+    ),
+    **continual_rows.SETTINGS,
 }
 
 
@@ -126,7 +138,7 @@ def build_rows() -> list[Row]:
     names = {method.name for method in registry.METHODS}
     if names != SETTINGS.keys():
         raise ValueError(f"METHODS and the contract settings differ in {sorted(names ^ SETTINGS.keys())}.")
-    unlisted = public_classes() - {method.class_path for method in registry.METHODS}
+    unlisted = public_classes() - listed_classes()
     if unlisted:
         raise ValueError(f"Public classes without a row in METHODS: {sorted(unlisted)}.")
     return [
@@ -134,11 +146,26 @@ def build_rows() -> list[Row]:
             name=method.name,
             class_path=method.class_path,
             settings=SETTINGS[method.name],
-            addons=tuple(ROOT / "templates" / "addons" / f"{addon}.yaml" for addon in (method.name, *method.addons)),
+            kind=method.kind,
+            addons=tuple(ROOT / "templates" / "addons" / f"{addon}.yaml" for addon in addons_of(method)),
             card=ROOT / "docs" / "methods" / f"{method.name}.md",
         )
         for method in registry.METHODS
     ]
+
+
+def addons_of(method: registry.Method) -> tuple[str, ...]:
+    """Return the names of a method's addons: its own and those besides. A metric is nothing that a Trainer takes."""
+    return method.addons if method.kind == "metric" else (method.name, *method.addons)
+
+
+def listed_classes() -> set[str]:
+    """Return the dotted paths of the classes that METHODS names: one for each row, and its relatives."""
+    found = set()
+    for method in registry.METHODS:
+        module = method.class_path.rpartition(".")[0]
+        found |= {method.class_path, *(f"{module}.{relative}" for relative in method.relatives)}
+    return found
 
 
 def public_classes(folder: Path = ROOT / "lightning_stable") -> set[str]:

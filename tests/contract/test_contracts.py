@@ -22,8 +22,8 @@ def over_rows(contract: str, rows: list[Row] = ROWS) -> Any:
     return pytest.mark.parametrize("row", cases)
 
 
-# Both orders: hooks run in the order in which callbacks are given.
-PAIRS = list(itertools.permutations(ROWS, 2))
+# Both orders: hooks run in the order in which callbacks are given. A metric is not in the Trainer with them.
+PAIRS = list(itertools.permutations([row for row in ROWS if row.kind != "metric"], 2))
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

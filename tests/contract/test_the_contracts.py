@@ -266,6 +266,17 @@ def test_a_method_without_settings_breaks_collection(monkeypatch: pytest.MonkeyP
         settings.build_rows()
 
 
+def test_a_relative_belongs_to_the_row_of_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (registry.METHODS[0]._replace(relatives=("Cousin",)), *registry.METHODS[1:])
+    monkeypatch.setattr(registry, "METHODS", rows)
+    module = rows[0].class_path.rpartition(".")[0]
+    monkeypatch.setattr(settings, "public_classes", lambda: {f"{module}.Cousin"})
+    assert len(settings.build_rows()) == len(rows)
+    monkeypatch.setattr(settings, "public_classes", lambda: {f"{module}_elsewhere.Cousin"})
+    with pytest.raises(ValueError, match="elsewhere"):
+        settings.build_rows()
+
+
 def test_a_public_class_without_a_row_breaks_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "public_classes", lambda: {"lightning_stable.callbacks.stray.Stray"})
     with pytest.raises(ValueError, match="Stray"):
@@ -334,4 +345,4 @@ def test_public_classes_are_found_though_nothing_exports_them(tmp_path: Path, mo
 
 
 def test_public_classes_are_found() -> None:
-    assert settings.public_classes() == {method.class_path for method in registry.METHODS}
+    assert settings.public_classes() == settings.listed_classes()

@@ -1,0 +1,71 @@
+"""The gradient of one batch's training loss, taken apart from those of training."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from lightning_stable.callbacks._quiet import QuietPass
+from lightning_stable.callbacks._reference import call_with_weights
+
+__all__ = ["batch_gradient"]
+
+
+def batch_gradient(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    batch: Any,
+    batch_idx: int,
+    points: Mapping[str, Tensor],
+    quiet: QuietPass,
+) -> dict[str, Tensor] | None:
+    """Return the gradient of the loss of a batch, averaged over processes; all of them have to call this.
+
+    The module's own ``training_step`` runs in the module's present mode, under the run's precision; it logs nothing,
+    counts no metric, and leaves buffers, random numbers and ``.grad`` as they were. Nothing reaches the hooks of DDP.
+
+    Args:
+        trainer: A Trainer in a fit.
+        pl_module: Its module, under automatic optimisation.
+        batch: The batch, on the module's device.
+        batch_idx: Its number.
+        points: Where the gradient is taken, by the names of parameters: these themselves, or values in their places.
+        quiet: The caller's quiet pass.
+
+    Returns:
+        By name, 0 where the loss does not depend on it; ``None`` if no process has a loss.
+    """
+    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+    arguments = (batch, batch_idx) if takes_index else (batch,)
+    live = dict(pl_module.named_parameters())
+    values = list(points.values())
+    with torch.enable_grad(), quiet(pl_module), trainer.precision_plugin.train_step_context():
+        if all(live[name] is value for name, value in points.items()):
+            output = pl_module.training_step(*arguments)
+        else:
+            output = call_with_weights(pl_module, points, lambda: pl_module.training_step(*arguments))
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        found = values and isinstance(loss, Tensor) and loss.requires_grad
+        # Not backward(): that would add to the gradients of training and start the reduction over processes.
+        gradients = torch.autograd.grad(cast(Tensor, loss), values, allow_unused=True) if found else None
+    if not trainer.strategy.reduce_boolean_decision(gradients is not None, all=False):
+        return None
+    parts = [
+        torch.zeros_like(value) if gradient is None else gradient.detach()
+        for value, gradient in zip(values, gradients or [None] * len(values), strict=True)
+    ]
+    return dict(zip(points, _mean_over_processes(trainer, parts), strict=True))
+
+
+def _mean_over_processes(trainer: Trainer, tensors: list[Tensor]) -> list[Tensor]:
+    """Return the mean of each tensor over processes, with one exchange."""
+    if trainer.world_size == 1 or any(tensor.layout != torch.strided or tensor.is_complex() for tensor in tensors):
+        return tensors  # the caller refuses what is no list of numbers
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    flat = torch.cat([tensor.to(wide).flatten() for tensor in tensors])
+    mean = cast(Tensor, trainer.strategy.reduce(flat, reduce_op="mean"))
+    parts = torch.split(mean, [tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]

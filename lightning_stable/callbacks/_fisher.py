@@ -1,0 +1,75 @@
+"""The diagonal of the empirical Fisher information, from the module's own training step.
+
+Where the loss of a sample is its negative log-likelihood, the mean over samples of the squared gradient is the diagonal
+of the empirical Fisher information: how fast the likelihood of the data changes with each weight.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from lightning_stable.callbacks._evaluate import eval_mode
+from lightning_stable.callbacks._quiet import QuietPass
+
+__all__ = ["fisher_diagonal"]
+
+
+def fisher_diagonal(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    batches: Iterable[Any],
+    names: Sequence[str],
+    *,
+    weighted: bool = False,
+    quiet: QuietPass,
+) -> dict[str, Tensor]:
+    """Return the mean over samples of the squared gradient of each sample's loss.
+
+    The module's own ``training_step`` runs in evaluation mode, under the run's precision; it logs nothing, counts no
+    metric, and leaves buffers, random numbers and gradients as they were. Gradients are taken apart from those of
+    training, so that nothing of them reaches ``.grad`` or the hooks of DDP. All processes have to call this; the mean
+    is over the samples of all of them, and equal on all.
+
+    Args:
+        trainer: A Trainer in a fit.
+        pl_module: Its module, under automatic optimisation.
+        batches: Batches of one sample each, on the module's device.
+        names: Names of parameters of the module; those that are frozen or not used get 0.
+        weighted: Multiply each squared gradient by ``exp(-loss)``, the likelihood of the sample's target.
+        quiet: The caller's quiet pass.
+
+    Returns:
+        By name, in float32 or wider, on each parameter's device; 0 where there is no sample.
+    """
+    live = dict(pl_module.named_parameters())
+    sums = {name: torch.zeros_like(live[name], dtype=_wide(live[name])) for name in names}
+    trained = [name for name in names if live[name].requires_grad]
+    parameters = [live[name] for name in trained]
+    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+    count = 0
+    with torch.enable_grad(), quiet(pl_module), eval_mode(pl_module):
+        for batch in batches:
+            count += 1
+            with trainer.precision_plugin.train_step_context():
+                output = pl_module.training_step(batch, 0) if takes_index else pl_module.training_step(batch)
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            if not isinstance(loss, Tensor) or not loss.requires_grad or not parameters:
+                continue  # a skipped sample, which says nothing of any weight
+            # Not backward(): that would add to the gradients of training and start the reduction over processes.
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            likelihood = (-loss.detach().to(_wide(loss))).exp() if weighted else None
+            for name, gradient in zip(trained, gradients, strict=True):
+                if gradient is not None:
+                    square = gradient.detach().to(sums[name].dtype).square()
+                    sums[name] += square if likelihood is None else square * likelihood.to(square)
+    total = trainer.strategy.reduce(torch.tensor(float(count), device=pl_module.device), reduce_op="sum")
+    return {name: trainer.strategy.reduce(value, reduce_op="sum") / total.clamp(min=1) for name, value in sums.items()}
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Return the precision that squares of this tensor's entries are added up in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,0 +1,323 @@
+"""A picture of the stability gap: the score of each task over optimizer steps, from a record."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_stable.callbacks._gap_record import WEIGHTS
+
+__all__ = ["Gap", "draw_gap", "find_gaps", "thin"]
+
+_COLORS = {"live": "#e07b39", "ema": "#1f5fa8"}
+_LEARNED, _SWITCH, _TEXT = "#e9eef2", "#4a4a4a", "#4a4a4a"
+_NORMS = {"plasticity": "#8a4f9e", "stability": "#2f6f4f"}
+_MAX_PANELS = 10
+_MAX_NAMED_SWITCHES = 8
+_DRAWN = 1000
+"""Stretches that a line is thinned to, about one a pixel."""
+_RECOVERY = 0.9
+"""Share of the depth that has to be regained, as in ``functional.continual``."""
+
+_SHADE = 0.28
+_SMALLEST = 0.02
+"""Depth from which on a minimum is marked, as a share of the panel's height."""
+_LABEL = (0.024, 0.13)
+"""Room of a number, as shares of the panel."""
+_EDGE = 0.98
+"""From here on there is no room to the right."""
+
+Points = list[tuple[int, float]]
+
+
+class Gap(NamedTuple):
+    """What happened to one past task after one switch.
+
+    Attributes:
+        start: Optimizer step of the switch.
+        reference: The score there.
+        lowest: Step and score of the minimum before the next switch.
+        end: Step of the recovery, ``None`` if there was none before the next switch.
+        points: Steps and scores from the switch to the recovery, or to the next switch.
+        depth: How far below the reference the minimum is, 0 if it never fell below.
+    """
+
+    start: int
+    reference: float
+    lowest: tuple[int, float]
+    end: int | None
+    points: Points
+    depth: float
+
+
+def find_gaps(
+    points: Points, task: int, switches: Sequence[dict[str, Any]], sign: float = 1.0, share: float = _RECOVERY
+) -> list[Gap]:
+    """Return what happened to a task after each switch to another.
+
+    Args:
+        points: Steps and scores of the task, in order.
+        task: The task.
+        switches: The record's switches.
+        sign: -1 where lower scores are better.
+        share: Share of the depth that has to be regained.
+    """
+    gaps = []
+    for place, switch in enumerate(switches):
+        earlier = [entry["task"] for entry in switches[:place]]
+        if switch["task"] == task or task not in earlier:
+            continue
+        start = switch["step"]
+        stop = switches[place + 1]["step"] if place + 1 < len(switches) else math.inf
+        before = [point for point in points if point[0] <= start]
+        # The last evaluation before the next switch is the last of this task, also where it has that switch's step.
+        after = [point for point in points if start < point[0] <= stop]
+        if before and after:
+            gaps.append(_measure(start, before[-1][1], after, sign, share))
+    return gaps
+
+
+def _measure(start: int, reference: float, after: Points, sign: float, share: float) -> Gap:
+    low = min(range(len(after)), key=lambda place: sign * after[place][1])
+    depth = max(0.0, sign * (reference - after[low][1]))
+    level = after[low][1] + sign * share * depth
+    back = None
+    if depth > 0:
+        back = next((i for i in range(low + 1, len(after)) if sign * (after[i][1] - level) >= 0), None)
+    points = [(start, reference), *(after if back is None else after[: back + 1])]
+    return Gap(start, reference, after[low], None if back is None else after[back][0], points, depth)
+
+
+def thin(points: Points, most: int = _DRAWN) -> Points:
+    """Return points that draw the same line: first, lowest, highest and last of each stretch.
+
+    Args:
+        points: Steps and scores, in order.
+        most: Number of stretches; a line of up to four times as many points is left as it is.
+    """
+    if len(points) <= 4 * most:
+        return points
+    kept: Points = []
+    for part in range(most):
+        stretch = points[part * len(points) // most : (part + 1) * len(points) // most]
+        numbers = [place for place, (_, score) in enumerate(stretch) if math.isfinite(score)]
+        extremes = [f(numbers, key=lambda place: stretch[place][1]) for f in (min, max)] if numbers else []
+        kept += [stretch[place] for place in sorted({0, len(stretch) - 1, *extremes})]
+    return kept
+
+
+def draw_gap(record: dict[str, Any], path: str | Path, title: str | None = None) -> bool:
+    """Write the picture of a record.
+
+    One panel for each task, the first ten if there are more. Where the task itself is learned the panel is grey, a
+    switch is a dashed line, and from there the area to the score at the switch is shaded until the score is back.
+    The lowest score after each switch has a mark and a number. With gradient norms there is a panel more.
+
+    Args:
+        record: A record, as ``read_record`` returns it.
+        path: Where to write; the suffix decides the format.
+        title: Above the picture; by default the folders that the file lies in.
+
+    Returns:
+        Whether there was anything to draw: a score of a task that has begun.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing; the message says how to get it.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "The picture needs matplotlib, which is missing. Get it by: pip install 'lightning-stable[plots]'"
+        ) from error
+    path = Path(path)
+    curves = _curves(record)
+    tasks = [task for task in record["tasks"] if any(task["task"] in lines for lines in curves.values())]
+    if not tasks:
+        return False
+    shown, gradients = tasks[:_MAX_PANELS], _has_gradients(record)
+    heights = [1.0] * len(shown) + [1.1] * gradients
+    figure = Figure(figsize=(10, 1.3 + 1.45 * sum(heights)), dpi=150, layout="constrained")
+    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axis in axes:
+        _prepare(axis, record, _last_step(record, curves))
+    _share_range(axes[: len(shown)], record, shown, curves)
+    for axis, task in zip(axes, shown, strict=False):
+        _draw_task(axis, record, task, {w: lines[task["task"]] for w, lines in curves.items() if task["task"] in lines})
+    if gradients:
+        _draw_gradients(axes[-1], record["gradients"])
+    _name_switches(axes[0], record)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].set_xlabel("optimizer step")
+    figure.align_ylabels(axes)
+    unit = "accuracy, %" if record["score"] == "accuracy" else record["score"]
+    figure.supylabel(unit, fontsize=9, y=1 - (0.8 + 0.725 * len(shown)) / figure.get_figheight())
+    _explain(figure, record, list(curves), title or "Stability gap " + "/".join(path.resolve().parts[-3:-1]))
+    if len(tasks) > len(shown):
+        figure.text(0.99, 0.004, f"the first {len(shown)} of {len(tasks)} tasks", fontsize=8, ha="right", color=_TEXT)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return True
+
+
+def _curves(record: dict[str, Any]) -> dict[str, dict[int, Points]]:
+    """Return for each weight set the points of each task that began, accuracies in percent, what is missing as nan."""
+    scale = 100.0 if record["score"] == "accuracy" else 1.0
+    begins = {switch["task"]: switch["step"] for switch in reversed(record["switches"])}
+    curves: dict[str, dict[int, Points]] = {}
+    for weights in WEIGHTS:
+        for line in record["series"].get(weights, []):
+            # A task may have been evaluated before any training; a line from there to its begin would show nothing.
+            begin = begins.get(line["task"], math.inf)
+            scores = (math.nan if score is None else scale * score for score in line["scores"])
+            points = [point for point in zip(line["steps"], scores, strict=True) if point[0] >= begin]
+            if any(math.isfinite(score) for _, score in points):
+                curves.setdefault(weights, {})[line["task"]] = points
+    return curves
+
+
+def _has_gradients(record: dict[str, Any]) -> bool:
+    gradients = record.get("gradients") or {}
+    return any(value for name in _NORMS for value in gradients.get(name, []))
+
+
+def _last_step(record: dict[str, Any], curves: dict[str, dict[int, Points]]) -> int:
+    ends = [points[-1][0] for lines in curves.values() for points in lines.values()]
+    return int(max(1, *ends, *(switch["step"] for switch in record["switches"])))
+
+
+def _prepare(axis: Any, record: dict[str, Any], last: int) -> None:
+    """Give a panel its steps, its switches and the look of the other pictures."""
+    axis.set_xlim(0, 1.004 * last)
+    for switch in record["switches"]:
+        if switch["step"] > 0:
+            axis.axvline(switch["step"], color=_SWITCH, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#dfe4e8", linewidth=0.6, zorder=0.5)
+    axis.tick_params(labelsize=8)
+
+
+def _share_range(axes: Any, record: dict[str, Any], tasks: list[dict[str, Any]], curves: Any) -> None:
+    """Give all tasks one range, so that their gaps can be compared; logarithmic where linear would flatten the end."""
+    points = [point for lines in curves.values() for task in tasks for point in lines.get(task["task"], [])]
+    scores = [score for _, score in points if math.isfinite(score)]
+    low, high = min(scores), max(scores)
+    for axis in axes:
+        if record["score"] != "accuracy" and 0 < 10 * low < high:
+            axis.set_yscale("log")
+            axis.set_ylim(low / 1.6, high * 1.6)
+            continue
+        room = 0.07 * (high - low) or 0.1
+        # The numbers of the minima stand below them, or above where low is good.
+        below, above = (2.5, 1) if record["higher_is_better"] else (1, 2.5)
+        axis.set_ylim(low - below * room, high + above * room)
+
+
+def _draw_task(axis: Any, record: dict[str, Any], task: dict[str, Any], lines: dict[str, Points]) -> None:
+    """Draw what one task went through."""
+    switches = record["switches"]
+    ends = [*(switch["step"] for switch in switches[1:]), axis.get_xlim()[1]]
+    for switch, end in zip(switches, ends, strict=False):
+        if switch["task"] == task["task"]:
+            axis.axvspan(switch["step"], end, color=_LEARNED, zorder=0, linewidth=0)
+    sign = 1.0 if record["higher_is_better"] else -1.0
+    marks = []
+    for weights, points in lines.items():
+        color, bold = _COLORS[weights], weights == "ema" or len(lines) == 1
+        steps, scores = zip(*thin(points), strict=True)
+        axis.plot(steps, scores, color=color, linewidth=1.9 if bold else 0.9, zorder=3 if bold else 2.5)
+        known = [point for point in points if math.isfinite(point[1])]
+        for gap in find_gaps(known, task["task"], switches, sign, record.get("recovery_share", _RECOVERY)):
+            steps, scores = zip(*thin(gap.points), strict=True)
+            worse = [gap.reference if sign * (score - gap.reference) > 0 else score for score in scores]
+            axis.fill_between(steps, worse, gap.reference, color=color, alpha=_SHADE, linewidth=0, zorder=1.8)
+            marks.append((gap, weights))
+    _mark_minima(axis, marks, sign, ".0f" if record["score"] == "accuracy" else ".3g")
+    axis.set_ylabel("\n".join(textwrap.wrap(task["name"] or f"task {task['task']}", 18)[:3]), fontsize=8)
+
+
+def _mark_minima(axis: Any, marks: list[tuple[Gap, str]], sign: float, form: str) -> None:
+    """Mark the lowest scores, the deepest gap first; a number that would lie on another is left out."""
+    to_panel = axis.transScale + axis.transLimits
+    taken: list[tuple[float, float]] = []
+    for gap, weights in sorted(marks, key=lambda mark: -mark[0].depth):
+        x, y = to_panel.transform(gap.lowest)
+        if abs(to_panel.transform((gap.start, gap.reference))[1] - y) < _SMALLEST:
+            continue
+        color = _COLORS[weights]
+        axis.plot(*gap.lowest, marker="v" if sign > 0 else "^", markersize=4.5, color=color, mec="white", zorder=4)
+        text = format(gap.lowest[1], form)
+        # The live weights' minimum is the deeper one and has room below; the average rises to the right of its own.
+        left = weights == "ema" and x < _EDGE
+        place = (x + (0.5 * _LABEL[0] + 0.005 if left else 0), y - (0.02 if left else 0.1) * sign)
+        if any(abs(place[0] - px) < _LABEL[0] and abs(place[1] - py) < _LABEL[1] for px, py in taken):
+            continue
+        taken.append(place)
+        axis.annotate(
+            text,
+            gap.lowest,
+            xytext=(5 if left else 0, (-0.5 if left else -4) * sign),
+            textcoords="offset points",
+            ha="left" if left else "center" if x < _EDGE else "right",
+            va="top" if sign > 0 else "bottom",
+            fontsize=7.5,
+            color=color,
+            zorder=5,
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
+        )
+
+
+def _draw_gradients(axis: Any, gradients: dict[str, Any]) -> None:
+    """Draw the norms of the two parts of the gradient."""
+    for name, color in _NORMS.items():
+        points = [(s, v) for s, v in zip(gradients["steps"], gradients[name], strict=True) if v is not None and v > 0]
+        if points:
+            axis.plot(*zip(*thin(points), strict=True), color=color, linewidth=1.1, label=name)
+    axis.set_yscale("log")
+    axis.set_ylabel("gradient norm", fontsize=8)
+    axis.legend(loc="best", fontsize=8, framealpha=0.85, edgecolor="none", ncols=2)
+
+
+def _name_switches(axis: Any, record: dict[str, Any]) -> None:
+    """Write above the top panel which task begins where."""
+    switches = record["switches"]
+    for switch in switches:
+        axis.annotate(
+            f"task {switch['task']}" if len(switches) <= _MAX_NAMED_SWITCHES else str(switch["task"]),
+            xy=(switch["step"], 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="left" if switch["step"] == 0 else "center",
+            fontsize=8,
+            color=_TEXT,
+        )
+
+
+def _explain(figure: Any, record: dict[str, Any], weights: list[str], title: str) -> None:
+    """Put the title and one legend above the panels."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = []
+    for name in weights:
+        width = 1.9 if name == "ema" or len(weights) == 1 else 0.9
+        handles.append(Line2D([], [], color=_COLORS[name], linewidth=width, label=f"{WEIGHTS[name]} weights"))
+    handles.append(Patch(color=_LEARNED, label="task is learned"))
+    lowest, shape = ("lowest", "v") if record["higher_is_better"] else ("highest", "^")
+    handles += [
+        Patch(color=_COLORS[weights[0]] if len(weights) == 1 else _TEXT, alpha=_SHADE, label="gap"),
+        Line2D([], [], color=_TEXT, marker=shape, markersize=4.5, linestyle="none", label=f"{lowest} since the switch"),
+    ]
+    figure.legend(
+        handles=handles,
+        title=title,
+        title_fontproperties={"size": 12, "weight": "bold"},
+        alignment="left",
+        loc="outside upper left",
+        ncols=len(handles),
+        fontsize=8,
+        frameon=False,
+    )

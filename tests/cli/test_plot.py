@@ -1,0 +1,98 @@
+"""``lightning-stable plot``: the table, the picture and where it is, and what is wrong in one line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from callbacks.gap_records import make_record
+
+from lightning_stable.callbacks._gap_record import FILE_NAME, summary_table, write_record
+from lightning_stable.cli.main import main
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The folder of a run with a record, and the current directory two folders above it."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "version_0"
+    write_record(make_record(), folder / FILE_NAME)
+    return folder
+
+
+@pytest.mark.parametrize("source", [f"runs/version_0/{FILE_NAME}", "runs/version_0"], ids=["file", "folder"])
+def test_it_prints_the_table_and_writes_the_picture_beside_the_record(source, run, capsys):
+    assert main(["plot", source]) == 0
+    out, err = capsys.readouterr()
+    assert out == summary_table(make_record()) + "Picture: runs/version_0/stability_gap.png\n"
+    assert err == ""
+    assert (run / "stability_gap.png").read_bytes()[:4] == b"\x89PNG"
+    assert (run / FILE_NAME).is_file()
+
+
+@pytest.mark.parametrize(
+    ("output", "written", "begins"),
+    [
+        ("gap.png", "gap.png", b"\x89PNG"),
+        ("new/gap.svg", "new/gap.svg", b"<?xml"),
+        ("gap", "gap.png", b"\x89PNG"),
+        (".", "stability_gap.png", b"\x89PNG"),
+    ],
+    ids=["file", "another format", "no suffix", "folder"],
+)
+def test_the_picture_goes_where_it_is_told(output, written, begins, run, tmp_path, capsys):
+    assert main(["plot", str(run), "--output", output]) == 0
+    assert capsys.readouterr().out.endswith(f"\nPicture: {written}\n")
+    assert (tmp_path / written).read_bytes().startswith(begins)
+    assert not (run / "stability_gap.png").exists()
+
+
+def test_wherever_the_picture_goes_it_names_the_run(run, tmp_path):
+    assert main(["plot", str(run), "--output", "gap.svg"]) == 0
+    assert "Stability gap runs/version_0" in (tmp_path / "gap.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["plot"], ["PATH", "plot --help"]),
+        (["plot", "gone"], ["There is no file or folder gone", FILE_NAME]),
+        (["plot", "."], [f"holds no {FILE_NAME}", "StabilityGap"]),
+        (["plot", "runs"], [f"runs holds no {FILE_NAME}", "runs/version_0"]),
+        (["plot", "runs/version_0", "--output", "gap.doc"], ["'doc'", "png"]),
+        (["plot", "runs/version_0", "--format", "png"], ["--format"]),
+        (["plot", "text.json"], ["text.json is not JSON"]),
+        (["plot", "other.json"], ["other.json: 'format' is missing"]),
+        (["plot", "runs/version_0", "--output", "text.json/gap.png"], ["text.json"]),
+        (["plot", "empty.json"], ["no picture to draw", "empty.json"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0] == "plot" else "",
+)
+def test_wrong_use_is_one_line_and_exit_code_2(arguments, parts, run, tmp_path, capsys):
+    (tmp_path / "text.json").write_text("no JSON")
+    write_record(make_record(series={}), tmp_path / "empty.json")
+    (tmp_path / "other.json").write_text(json.dumps({"a": 1}))
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("lightning-stable: error: ")
+    assert len(err.splitlines()) == 1
+    for part in parts:
+        assert part in err
+
+
+def test_without_matplotlib_it_prints_the_table_and_says_how_to_get_the_picture(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it now fails
+    assert main(["plot", str(run)]) == 2
+    out, err = capsys.readouterr()
+    assert out == summary_table(make_record())
+    assert "lightning-stable[plots]" in err
+
+
+def test_it_needs_no_torch(run):
+    code = (
+        "import sys; from lightning_stable.cli.main import main\n"
+        f"code = main(['plot', {str(run)!r}])\n"
+        "sys.exit(code or bool({'torch', 'lightning', 'jsonargparse', 'omegaconf'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
