@@ -21,6 +21,7 @@ Loaders draw from a generator of their own: how often one is iterated leaves dro
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
-__all__ = ["EpochSampler", "ResumableLoader", "SplitDataModule"]
+__all__ = ["EpochSampler", "ResumableLoader", "SplitDataModule", "is_real"]
 
 _SEED_STRIDE = 2_654_435_761  # prime: neighbouring seeds do not share an order in neighbouring epochs
 _TASK_STRIDE = 1_000_003  # prime as well: nor do neighbouring tasks, see data/task_stream.py
@@ -90,6 +91,8 @@ class ResumableLoader(DataLoader[Any]):
             ``loader.sampler.set_epoch`` says.
         begun: Batches that the Trainer had trained on when epoch 0 of this order began.
         settings: Further numbers that fix the order, to be compared when a checkpoint is loaded.
+        checksum: A number that stands for which samples there are and where, to be compared as well.
+        sources: The settings that the checksum follows from, by their names, to say why it is another one.
     """
 
     def __init__(
@@ -101,6 +104,8 @@ class ResumableLoader(DataLoader[Any]):
         trainer: Trainer | None = None,
         begun: int = 0,
         settings: dict[str, int] | None = None,
+        checksum: int | None = None,
+        sources: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             dataset,
@@ -116,6 +121,8 @@ class ResumableLoader(DataLoader[Any]):
         self._trainer: Any = trainer
         self._begun = begun
         self._settings = settings or {}
+        self._checksum = checksum
+        self._sources = sources or {}
         self._continue = False
 
     @override
@@ -123,24 +130,30 @@ class ResumableLoader(DataLoader[Any]):
         continued, self._continue = self._continue, False
         return self._batches(continued)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the settings that fix the order; the place in it is in the Trainer's progress."""
         samples = len(self.dataset)  # type: ignore[arg-type] # sized, see Args
         global_batch_size = self._per_rank * self._order.num_replicas
-        return {
+        numbers = {
             "seed": self._order.seed,
             "samples": samples,
             "global_batch_size": global_batch_size,
             **self._settings,
         }
+        if self._checksum is None:
+            return numbers
+        return {**numbers, "checksum": self._checksum, "sources": dict(self._sources)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next ``iter`` continue the Trainer's epoch.
 
         Settings that differ from those in ``state`` are kept, with a warning that the order is another one.
         """
         mine = self.state_dict()
-        changed = [f"{key} {state.get(key)} -> {value}" for key, value in mine.items() if state.get(key) != value]
+        changed = _changed({name: value for name, value in mine.items() if name not in ("checksum", "sources")}, state)
+        if state.get("checksum") != self._checksum:
+            changed += _changed(self._sources, state.get("sources", {}))
+            changed = changed or ["other samples or labels"]
         if changed:
             rank_zero_warn(
                 f"The training data is not the one of the checkpoint ({', '.join(changed)}), so this run does not see "
@@ -158,6 +171,20 @@ class ResumableLoader(DataLoader[Any]):
             self._order.set_epoch(math.ceil((progress.total.processed - done - self._begun) / an_epoch))
         self._order.start = done * self._per_rank
         yield from super().__iter__()
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Return whether a setting is a number."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _changed(mine: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """Return what differs between two sets of settings."""
+    return [f"{name} {before.get(name)} -> {value}" for name, value in mine.items() if before.get(name) != value]
 
 
 class SplitDataModule(LightningDataModule, ABC):
@@ -178,12 +205,19 @@ class SplitDataModule(LightningDataModule, ABC):
 
     def __init__(self, batch_size: int, num_workers: int, seed: int, validation_share: float) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more samples, got {batch_size!r}.")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be 0 (load in the training process) or more, got {num_workers!r}.")
-        if not 0.0 < validation_share < 1.0:
-            raise ValueError(f"validation_share must lie between 0 and 1, both excluded, got {validation_share!r}.")
+        owner = type(self).__name__
+        if not _is_whole(batch_size) or batch_size < 1:
+            raise ValueError(f"{owner}: batch_size must be 1 or more samples, got {batch_size!r}.")
+        if not _is_whole(num_workers) or num_workers < 0:
+            raise ValueError(
+                f"{owner}: num_workers must be 0 (load in the training process) or more, got {num_workers!r}."
+            )
+        if not _is_whole(seed):
+            raise ValueError(f"{owner}: seed must be a whole number, got {seed!r}.")
+        if not is_real(validation_share) or not 0.0 < validation_share < 1.0:
+            raise ValueError(
+                f"{owner}: validation_share must lie between 0 and 1, both excluded, got {validation_share!r}."
+            )
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed

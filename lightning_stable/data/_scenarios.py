@@ -45,13 +45,14 @@ def choose_half(classes: int, first: bool, seed: int) -> list[int]:
     return sorted((order[:size] if first else order[size : 2 * size]).tolist())
 
 
-def hold_out(classes: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def hold_out(classes: Tensor, share: float, seed: int, labels: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Split samples into those to train on and those to evaluate on: the same share of each class, at least one.
 
     Args:
         classes: The class of each sample, from 0 without gaps; -1 for samples in neither part.
         share: Share held out.
         seed: Seed of the choice.
+        labels: The dataset's label of each class.
 
     Returns:
         The indices of both parts, ascending.
@@ -65,8 +66,8 @@ def hold_out(classes: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
         members = (classes == number).nonzero().flatten()
         if len(members) < 2:
             raise ValueError(
-                f"TaskStream: class {number} has {len(members)} sample(s); each needs two or more, one to train on and "
-                "one held out. Leave the class out or give more data."
+                f"TaskStream: class {labels[number]} has {len(members)} sample(s); each needs two or more, one to "
+                "train on and one held out. Leave the class out or give more data."
             )
         count = min(max(1, round(share * len(members))), len(members) - 1)
         held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
@@ -74,11 +75,17 @@ def hold_out(classes: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def plan_classes(
-    classes: Tensor, train: Tensor, held_out: Tensor, tasks: int, order: Sequence[int] | None, seed: int
+    classes: Tensor,
+    train: Tensor,
+    held_out: Tensor,
+    tasks: int,
+    order: Sequence[int] | None,
+    seed: int,
+    labels: Sequence[int],
 ) -> Plan:
     """Give each task its own classes: consecutive parts of ``order``, whose sizes differ by one at most.
 
-    Without an order it is drawn from the seed.
+    Without an order it is drawn from the seed. ``labels`` are those of the classes in the names of the tasks.
 
     Raises:
         ValueError: If there are more tasks than classes, or ``order`` does not name each class once.
@@ -94,7 +101,7 @@ def plan_classes(
     home = torch.empty(count, dtype=torch.int64)
     for task, part in enumerate(torch.tensor(order).tensor_split(tasks)):
         home[part] = task
-    return _assigned(classes, train, held_out, home, home[classes[train]], tasks, "")
+    return _assigned(classes, train, held_out, home, home[classes[train]], labels, "")
 
 
 def plan_domains(samples: int, train: Tensor, held_out: Tensor, names: list[str], classes: int) -> Plan:
@@ -112,8 +119,11 @@ def plan_blurry(
     disjoint_share: float,
     blurry_share: float,
     seed: int,
+    labels: Sequence[int],
 ) -> Plan:
     """Give each task a random number of classes, and spread samples of some of them over the other tasks.
+
+    ``labels`` are those of the classes in the names of the tasks.
 
     Si-Blurry; see :mod:`lightning_stable.data.task_stream` for what is the paper's and what is not.
 
@@ -148,7 +158,7 @@ def plan_blurry(
                 f"disjoint_share={disjoint_share}, blurry_share={blurry_share} and seed={seed}, so there is nothing to "
                 "evaluate it on. Lower blurry_share, or take another seed."
             )
-    return _assigned(classes, train, held_out, most, place, tasks, "mostly ")
+    return _assigned(classes, train, held_out, most, place, labels, "mostly ")
 
 
 def _elsewhere(home: Tensor, tasks: int, generator: torch.Generator) -> Tensor:
@@ -160,19 +170,20 @@ def _elsewhere(home: Tensor, tasks: int, generator: torch.Generator) -> Tensor:
 
 
 def _assigned(
-    classes: Tensor, train: Tensor, held_out: Tensor, home: Tensor, place: Tensor, tasks: int, prefix: str
+    classes: Tensor, train: Tensor, held_out: Tensor, home: Tensor, place: Tensor, labels: Sequence[int], prefix: str
 ) -> Plan:
     """Return the plan of which ``home`` says the task of each class and ``place`` that of each training sample."""
-    members = [(home == task).nonzero().flatten().tolist() for task in range(tasks)]
+    tasks = range(int(home.max()) + 1)
+    members = [(home == task).nonzero().flatten().tolist() for task in tasks]
     return Plan(
-        [train[place == task] for task in range(tasks)],
-        [held_out[home[classes[held_out]] == task] for task in range(tasks)],
+        [train[place == task] for task in tasks],
+        [held_out[home[classes[held_out]] == task] for task in tasks],
         members,
-        [prefix + _listed(part) for part in members],
+        [prefix + _listed([labels[number] for number in part]) for part in members],
     )
 
 
-def _listed(classes: list[int]) -> str:
+def _listed(classes: Sequence[int]) -> str:
     listed = ", ".join(map(str, classes[:_NAMED]))
     more = f" and {len(classes) - _NAMED} more" if len(classes) > _NAMED else ""
     return f"class{'es' if len(classes) > 1 else ''} {listed}{more}"

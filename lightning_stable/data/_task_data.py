@@ -1,6 +1,7 @@
 """Classification datasets of any kind as a task stream reads them: opened, their labels checked, samples changed."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -117,7 +118,7 @@ def open_dataset(source: Source, arguments: dict[str, Any] | None) -> Dataset[An
         )
     if source == "digits":
         return read_digits()
-    dataset: Any = source if isinstance(source, Dataset) or not callable(source) else source(**(arguments or {}))
+    dataset: Any = source if isinstance(source, Dataset) or not callable(source) else _called(source, arguments or {})
     indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
     if not indexed or not hasattr(dataset, "__len__"):
         raise ValueError(
@@ -156,10 +157,29 @@ def _imported(path: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
+        reason = error if module and name else "it has no module before a dot and no name after it"
         raise ValueError(
             f"TaskStream(dataset={path!r}) is neither 'digits' nor the dotted path of a function or class that can be "
-            f"imported: {error}."
+            f"imported: {reason}. Give 'digits', a path such as 'my_package.my_module.make_dataset' of what returns a "
+            "map-style dataset of (x, y), or in Python the function or the dataset itself."
         ) from error
+
+
+def _called(source: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Return what the function or class gives, once its signature has taken the arguments."""
+    try:
+        signature = inspect.signature(source)
+    except (TypeError, ValueError):  # some classes written in C have none
+        return source(**arguments)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        name = getattr(source, "__qualname__", repr(source))
+        raise ValueError(
+            f"TaskStream(dataset_args={arguments!r}) does not fit dataset={name}: {error}. "
+            f"It is called as {name}{signature}."
+        ) from error
+    return source(**arguments)
 
 
 def _known_labels(dataset: Any) -> Tensor | None:

@@ -53,7 +53,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from typing_extensions import override
 
 from lightning_stable.data import _scenarios as scenarios
-from lightning_stable.data._resumable import ResumableLoader, SplitDataModule
+from lightning_stable.data._resumable import ResumableLoader, SplitDataModule, is_real
 from lightning_stable.data._task_data import Permutation, Rotation, TaskDataset, open_dataset, read_labels
 from lightning_stable.data._task_order import ChosenTask, StreamSampler
 
@@ -64,6 +64,18 @@ _CHOICES = {
     "domain": ("rotation", "permutation"),
     "protocol": ("standard", "two-phase"),
 }
+# What the plan of the tasks follows from, besides the seed.
+_SOURCES = (
+    "tasks",
+    "scenario",
+    "class_order",
+    "domain",
+    "disjoint_share",
+    "blurry_share",
+    "protocol",
+    "phase",
+    "validation_share",
+)
 
 
 class TaskStream(SplitDataModule):
@@ -136,7 +148,7 @@ class TaskStream(SplitDataModule):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"TaskStream: {name} must be a whole number from 1 on, got {number!r}.")
         for name, share in (("disjoint_share", disjoint_share), ("blurry_share", blurry_share)):
-            if not 0.0 <= share <= 1.0:
+            if not is_real(share) or not 0.0 <= share <= 1.0:
                 raise ValueError(f"TaskStream: {name} must lie in [0, 1], got {share!r}.")
         _check_company(scenario, domain, protocol, tasks, class_order, angles, phase)
         self.dataset = dataset
@@ -154,6 +166,7 @@ class TaskStream(SplitDataModule):
         self._plan: scenarios.Plan
         self._labels: list[int]
         self._chosen = ChosenTask()
+        self._steps: dict[tuple[int, ...], list[int]] = {}
 
     @property
     def num_classes(self) -> int:
@@ -168,12 +181,12 @@ class TaskStream(SplitDataModule):
 
     @property
     def task_names(self) -> list[str]:
-        """What each task is called."""
+        """What each task is called; its classes are those of the dataset, as in ``original_labels``."""
         return list(self._planned().names)
 
     @property
     def task_classes(self) -> list[list[int]]:
-        """The classes that each task is evaluated on."""
+        """The classes that each task is evaluated on, as batches have them: from 0."""
         return [list(classes) for classes in self._planned().classes]
 
     @property
@@ -184,7 +197,11 @@ class TaskStream(SplitDataModule):
     @property
     def task_steps(self) -> list[int]:
         """Batches of the whole stream after which tasks 1, 2, ... begin, with as many processes as the Trainer has."""
-        return list(accumulate(self._sampler(range(self.tasks)).batches))[:-1]
+        # Asked for with each batch by whatever goes by `current_task`: worked out once for each way of counting.
+        key = (self.batch_size, self.epochs_per_task, *self._place())
+        if key not in self._steps:
+            self._steps[key] = list(accumulate(self._sampler(range(self.tasks)).batches))[:-1]
+        return list(self._steps[key])
 
     @property
     def current_task(self) -> int:
@@ -263,13 +280,17 @@ class TaskStream(SplitDataModule):
                     f"({self._plan.names[task]}) has {len(self._plan.train[task])}. Lower batch_size, or give tasks "
                     "more data."
                 )
-        settings = {
-            "task": -1 if chosen is None else chosen,
-            "epochs_per_task": self.epochs_per_task,
-            "stream_checksum": self._plan.checksum(),
-        }
+        sources = {name: getattr(self, name) for name in _SOURCES}
         return ResumableLoader(
-            dataset, sampler, self.batch_size, self.num_workers, trainer, begun=self._chosen.begun, settings=settings
+            dataset,
+            sampler,
+            self.batch_size,
+            self.num_workers,
+            trainer,
+            begun=self._chosen.begun,
+            settings={"task": -1 if chosen is None else chosen, "epochs_per_task": self.epochs_per_task},
+            checksum=self._plan.checksum(),
+            sources={**sources, "angles": self.angles if self._turns else None},
         )
 
     def task_dataloaders(self) -> list[DataLoader[Any]]:
@@ -296,18 +317,24 @@ class TaskStream(SplitDataModule):
             change(dataset[0][0])
         return stream, Subset(stream, torch.cat(self._plan.held_out).tolist())
 
+    @property
+    def _turns(self) -> bool:
+        """Whether tasks are rotations."""
+        return (self.scenario, self.domain) == ("domain", "rotation")
+
     def _make_plan(self, classes: Tensor) -> scenarios.Plan:
-        train, held_out = scenarios.hold_out(classes, self.validation_share, self.seed)
+        labels = self._labels
+        train, held_out = scenarios.hold_out(classes, self.validation_share, self.seed, labels)
         if self.scenario == "domain":
-            names = [f"rotation {angle:g}" for angle in self.angles]
-            if self.domain == "permutation":
-                names = ["pixels as they are", *(f"permutation {task}" for task in range(1, self.tasks))]
-            return scenarios.plan_domains(len(classes), train, held_out, names, len(self._labels))
+            names = ["pixels as they are", *(f"permutation {task}" for task in range(1, self.tasks))]
+            if self._turns:
+                names = [f"rotation {angle:g}" for angle in self.angles]
+            return scenarios.plan_domains(len(classes), train, held_out, names, len(labels))
         if self.scenario == "blurry":
             return scenarios.plan_blurry(
-                classes, train, held_out, self.tasks, self.disjoint_share, self.blurry_share, self.seed
+                classes, train, held_out, self.tasks, self.disjoint_share, self.blurry_share, self.seed, labels
             )
-        return scenarios.plan_classes(classes, train, held_out, self.tasks, self.class_order, self.seed)
+        return scenarios.plan_classes(classes, train, held_out, self.tasks, self.class_order, self.seed, labels)
 
     def _changes(self) -> list[Callable[[Any], Tensor]]:
         """Return what each task of a domain-incremental stream does to x."""
@@ -343,6 +370,8 @@ def _check_company(
             f"TaskStream: angles go with scenario='domain' and domain='rotation', got scenario={scenario!r}, "
             f"domain={domain!r}."
         )
+    if angles is not None and (not isinstance(angles, (list, tuple)) or not all(map(is_real, angles))):
+        raise ValueError(f"TaskStream: angles must be a list of degrees, one for each task, got {angles!r}.")
     if angles is not None and len({angle % 360 for angle in angles}) != tasks:
         raise ValueError(f"TaskStream: angles must be {tasks} different ones, one for each task, got {angles!r}.")
     if protocol == "two-phase" and phase not in ("tune", "evaluate"):

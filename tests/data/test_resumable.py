@@ -282,8 +282,14 @@ def test_a_batch_larger_than_the_data_is_an_error():
         ({"batch_size": 0}, "batch_size must be 1 or more samples, got 0"),
         ({"num_workers": -1}, "num_workers must be 0 .* or more, got -1"),
         ({"validation_share": 1.0}, "validation_share must lie between 0 and 1, both excluded, got 1.0"),
+        ({"batch_size": "32"}, "batch_size must be 1 or more samples, got '32'"),
+        ({"batch_size": 2.5}, "batch_size must be 1 or more samples, got 2.5"),
+        ({"batch_size": True}, "batch_size must be 1 or more samples, got True"),
+        ({"num_workers": None}, "num_workers must be 0 .* or more, got None"),
+        ({"seed": "a"}, "seed must be a whole number, got 'a'"),
+        ({"validation_share": "0.2"}, "validation_share must lie between 0 and 1, both excluded, got '0.2'"),
     ],
 )
 def test_bad_settings_are_named(datamodule, settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{datamodule.__name__}: {message}"):
         datamodule(**settings)
