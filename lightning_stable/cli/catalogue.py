@@ -2,7 +2,16 @@
 
 import sys
 
-from lightning_stable.cli.locate import FOLDERS, CommandError, Template, find_template, list_templates, read_card
+from lightning_stable.cli.locate import (
+    FOLDERS,
+    GUIDES,
+    CommandError,
+    Template,
+    find_template,
+    list_templates,
+    read_card,
+    read_guide,
+)
 from lightning_stable.registry import METHODS, nearest
 
 __all__ = ["print_list", "show"]
@@ -25,11 +34,11 @@ def print_list() -> None:
 
 
 def show(name: str) -> None:
-    """Print the card of a method, or the YAML of a recipe or an addon.
+    """Print the card of a method, a guide, or the YAML of a recipe or an addon.
 
     Args:
-        name: A method, recipe or addon; ``addon:NAME`` and ``recipe:NAME`` name a template where a method has the
-            same name.
+        name: A method, guide, recipe or addon; ``addon:NAME`` and ``recipe:NAME`` name a template where a method has
+            the same name.
 
     Raises:
         CommandError: If there is nothing of that name; the message suggests the near ones.
@@ -41,10 +50,13 @@ def show(name: str) -> None:
     if name in {method.name for method in METHODS}:
         _print_text(read_card(name), "markdown")
         return
+    if name in GUIDES:
+        _print_text(read_guide(name), "markdown")
+        return
     templates = {t.name: t for kind in reversed(FOLDERS) for t in list_templates(kind)}
     if name not in templates:
-        known = [*templates, *(method.name for method in METHODS)]
-        raise CommandError(f"There is no method, recipe or addon {name!r}. {nearest(name, sorted(set(known)))}")
+        known = [*templates, *GUIDES, *(method.name for method in METHODS)]
+        raise CommandError(f"There is no method, guide, recipe or addon {name!r}. {nearest(name, sorted(set(known)))}")
     _print_text(templates[name].path.read_text(encoding="utf-8"), "yaml")
 
 

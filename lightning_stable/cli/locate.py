@@ -7,11 +7,14 @@ from lightning_stable.registry import nearest
 
 __all__ = [
     "FOLDERS",
+    "GUIDES",
+    "PICTURE_FORMATS",
     "CommandError",
     "Template",
     "find_template",
     "list_templates",
     "read_card",
+    "read_guide",
     "resolve_config",
     "short_path",
 ]
@@ -23,8 +26,24 @@ FOLDERS: dict[TemplateKind, str] = {"recipe": "recipes", "addon": "addons"}
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
+GUIDES = ("task_stream",)
+"""Pages about what is no method."""
+
+PICTURE_FORMATS = (".png", ".svg", ".pdf")
+"""The suffixes that ``lightning-stable plot --output`` takes."""
+
+
 class CommandError(Exception):
-    """A wrong use of the command: its message is printed as one line and the command ends with exit code 2."""
+    """A wrong use of the command: its message is printed as one line and the command ends with exit code 2.
+
+    Args:
+        message: What is wrong, and what to do.
+        details: The long message behind it, which ``--debug`` prints besides.
+    """
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
 
 
 class Template(NamedTuple):
@@ -91,6 +110,18 @@ def read_card(name: str) -> str:
     path = _folder("cards", "docs/methods") / f"{name}.md"
     if not path.is_file():
         raise CommandError(f"The method {name!r} has no card: {path} does not exist.")
+    return path.read_text(encoding="utf-8")
+
+
+def read_guide(name: str) -> str:
+    """Return the Markdown text of a guide.
+
+    Raises:
+        CommandError: If this installation has none of that name.
+    """
+    path = _folder("guides", "docs") / f"{name}.md"
+    if not path.is_file():
+        raise CommandError(f"The guide {name!r} is not installed. See: python -m pydoc lightning_stable.data.{name}")
     return path.read_text(encoding="utf-8")
 
 

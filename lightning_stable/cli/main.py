@@ -10,7 +10,7 @@ from typing import NoReturn
 from typing_extensions import override
 
 import lightning_stable
-from lightning_stable.cli.locate import CommandError, find_template, list_templates
+from lightning_stable.cli.locate import PICTURE_FORMATS, CommandError, find_template, list_templates
 from lightning_stable.registry import nearest
 
 __all__ = ["COMMANDS", "DEBUG_VARIABLE", "TRAINER_COMMANDS", "main"]
@@ -26,7 +26,7 @@ TRAINER_COMMANDS = {
 COMMANDS = {
     "run": "train a packaged recipe",
     "list": "list methods, recipes and addons",
-    "show": "print the card of a method, or a packaged config",
+    "show": "print the card of a method, a guide, or a packaged config",
     "plot": "draw the stability gap of a run",
     **TRAINER_COMMANDS,
 }
@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments, debug)
     except CommandError as error:
         sys.stderr.write(f"{PROGRAM}: error: {error}\n")
+        if debug and error.details not in ("", str(error)):
+            sys.stderr.write(f"The parser's own message:\n{error.details}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write(f"{PROGRAM}: interrupted\n")
@@ -169,18 +171,26 @@ def _parser() -> _Parser:
     )
     commands.add_parser("list", help=COMMANDS["list"], description="List methods, recipes and addons.")
     show = commands.add_parser(
-        "show", help=COMMANDS["show"], description="Print the card of a method, or the YAML of a recipe or an addon."
+        "show",
+        help=COMMANDS["show"],
+        description="Print the card of a method, a guide, or the YAML of a recipe or an addon.",
     )
-    show.add_argument("name", metavar="NAME", help="a method, recipe or addon; addon:NAME where a method has that name")
+    show.add_argument(
+        "name", metavar="NAME", help="a method, guide, recipe or addon; addon:NAME where a method has that name"
+    )
     plot = commands.add_parser(
         "plot",
         help=COMMANDS["plot"],
         description="Print the table of a stability_gap.json, the file of the callback StabilityGap, and draw the "
         "score of each task over the steps.",
     )
-    plot.add_argument("source", metavar="PATH", help="the file, or the folder of the run that holds it")
     plot.add_argument(
-        "--output", metavar="FILE", help="the picture, as .png, .svg or .pdf; by default stability_gap.png beside it"
+        "source", metavar="PATH", help="the file, or the folder of its run or one above (then the newest)"
+    )
+    *first, last = PICTURE_FORMATS
+    formats = f"{', '.join(first)} or {last}"
+    plot.add_argument(
+        "--output", metavar="FILE", help=f"the picture, as {formats}; by default stability_gap.png beside the file"
     )
     for command, text in TRAINER_COMMANDS.items():
         commands.add_parser(command, help=text)

@@ -6,13 +6,13 @@ import inspect
 import re
 from types import TracebackType
 
+from lightning_stable.cli.values import explain_value, inner_problem
+
 __all__ = ["explain_interpolation", "explain_parsing", "is_bad_input", "root_error"]
 
 _UNKNOWN_KEY = re.compile(r"does not accept option '(?P<key>[^']+)'|unrecognized arguments: --(?P<argument>[\w.]+)")
 _CLASS_PROBLEM = re.compile(
-    r'Parser key "(?P<key>[^"]+)".*?Problem with given class_path \'(?P<path>[^\']+)\':\s*(?P<problem>.+?)\s*'
-    r"(?:\n\s*- |\n\s*Given value|$)",
-    re.DOTALL,
+    r'Parser key "(?P<key>[^"]+)".*?Problem with given class_path \'(?P<path>[^\']+)\':', re.DOTALL
 )
 _OPTION = re.compile(r"Option '(?P<option>[^']+)' is not accepted")
 _NO_CLASS = re.compile(
@@ -41,15 +41,19 @@ def explain_parsing(message: str, command: str, known: list[str]) -> str:
     if found := _UNKNOWN_KEY.search(message):
         key = found["key"] or found["argument"]
         return f"Unknown key {key!r}. {_suggest(key, known, f'All keys: {help_text}')}"
-    if found := _CLASS_PROBLEM.search(message):
-        option = _OPTION.search(found["problem"])
+    in_class, no_class = _CLASS_PROBLEM.search(message), _NO_CLASS.search(message)
+    if (in_class or not no_class) and (value := explain_value(message)):
+        return value
+    if found := in_class:
+        problem = inner_problem(message)
+        option = _OPTION.search(problem)
         if option:
             options = _options(found["path"])
             listing = f"Its options: {', '.join(options)}" if options else f"See --{found['key']}.help {found['path']}"
             hint = _suggest(option["option"], options, listing)
             return f"{found['key']}: the class {found['path']} has no option {option['option']!r}. {hint}"
-        return f"{found['key']}: problem with the class {found['path']}: {' '.join(found['problem'].split())}"
-    if found := _NO_CLASS.search(message):
+        return f"{found['key']}: problem with the class {found['path']}: {' '.join(problem.split())}"
+    if found := no_class:
         return (
             f"{found['key']}: there is no class {found['name']!r}. Give its full path, as in package.module.Class; "
             f"the methods of 'lightning-stable list' go by their bare class names."

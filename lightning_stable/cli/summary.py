@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_stable.callbacks._gap_files import PICTURE_NAME
+from lightning_stable.callbacks._gap_report import PICTURE_NAME
 from lightning_stable.callbacks.stability_gap import StabilityGap
 from lightning_stable.callbacks.wsd import WarmupStableDecay
 from lightning_stable.cli.locate import short_path

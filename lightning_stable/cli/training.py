@@ -139,7 +139,7 @@ class StableCLI(LightningCLI):
             self.config = parser.parse_args(cast("list[str]", args))
             _refuse_unused_variables(cast("list[str]", args))
         except CommandError as error:
-            raise CommandError(self._explain(str(error), args)) from error.__cause__
+            raise CommandError(self._explain(str(error), args), details=str(error)) from error.__cause__
         except OmegaConfBaseException as error:
             raise CommandError(explain_interpolation(str(error), error.full_key)) from error
 

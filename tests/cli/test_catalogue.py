@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import lightning_stable
+from lightning_stable.cli import locate
 from lightning_stable.cli.locate import list_templates, read_card
 from lightning_stable.cli.main import COMMANDS, main
 from lightning_stable.registry import METHODS
@@ -44,6 +45,16 @@ def test_every_method_but_a_metric_has_an_addon_and_every_addon_a_method():
 def test_show_prints_the_card_of_a_method(method, capsys):
     assert main(["show", method.name]) == 0
     assert capsys.readouterr().out.rstrip("\n") == read_card(method.name).rstrip("\n")
+
+
+def test_show_prints_a_guide(capsys, monkeypatch, tmp_path):
+    assert main(["show", "task_stream"]) == 0
+    assert capsys.readouterr().out.startswith("# Task streams\n")
+    assert main(["show", "task_strem"]) == 2
+    assert "'task_stream'" in capsys.readouterr().err
+    monkeypatch.setattr(locate, "_PACKAGE", tmp_path / "package")
+    assert main(["show", "task_stream"]) == 2
+    assert "python -m pydoc lightning_stable.data.task_stream" in capsys.readouterr().err
 
 
 def test_show_renders_on_a_terminal(capsys, monkeypatch):

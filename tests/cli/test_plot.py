@@ -1,6 +1,7 @@
 """``lightning-stable plot``: the table, the picture and where it is, and what is wrong in one line."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -34,11 +35,12 @@ def test_it_prints_the_table_and_writes_the_picture_beside_the_record(source, ru
     ("output", "written", "begins"),
     [
         ("gap.png", "gap.png", b"\x89PNG"),
-        ("new/gap.svg", "new/gap.svg", b"<?xml"),
+        ("runs/gap.svg", "runs/gap.svg", b"<?xml"),
+        ("gap.pdf", "gap.pdf", b"%PDF"),
         ("gap", "gap.png", b"\x89PNG"),
         (".", "stability_gap.png", b"\x89PNG"),
     ],
-    ids=["file", "another format", "no suffix", "folder"],
+    ids=["file", "another format", "a third one", "no suffix", "folder"],
 )
 def test_the_picture_goes_where_it_is_told(output, written, begins, run, tmp_path, capsys):
     assert main(["plot", str(run), "--output", output]) == 0
@@ -49,7 +51,23 @@ def test_the_picture_goes_where_it_is_told(output, written, begins, run, tmp_pat
 
 def test_wherever_the_picture_goes_it_names_the_run(run, tmp_path):
     assert main(["plot", str(run), "--output", "gap.svg"]) == 0
-    assert "Stability gap runs/version_0" in (tmp_path / "gap.svg").read_text()
+    assert "Stability gap: runs/version_0" in (tmp_path / "gap.svg").read_text()
+
+
+def test_of_a_folder_above_the_newest_record_is_taken_and_the_others_are_named(run, tmp_path, monkeypatch, capsys):
+    assert main(["plot", "."]) == 0
+    table = summary_table(make_record())
+    picture = "Picture: runs/version_0/stability_gap.png\n"
+    assert capsys.readouterr().out == f"Read runs/version_0/{FILE_NAME}\n{table}{picture}"
+    for place, folder in enumerate(["runs/a/version_0", "runs/b/version_1", *(f"runs/c/d/{i}" for i in range(4))]):
+        write_record(make_record(), tmp_path / folder / FILE_NAME)
+        os.utime(tmp_path / folder / FILE_NAME, (100 - place, 100 - place))
+    os.utime(tmp_path / "runs" / "b" / "version_1" / FILE_NAME, (2**31, 2**31))
+    assert main(["plot", "runs", "--output", "gap.png"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first == f"Read runs/b/version_1/{FILE_NAME}, the newest"
+    named = [f"runs/{folder}/{FILE_NAME}" for folder in ("version_0", "a/version_0", "c/d/0", "c/d/1")]
+    assert second == f"There are also {', '.join(named)}, and 2 more"
 
 
 @pytest.mark.parametrize(
@@ -57,9 +75,11 @@ def test_wherever_the_picture_goes_it_names_the_run(run, tmp_path):
     [
         (["plot"], ["PATH", "plot --help"]),
         (["plot", "gone"], ["There is no file or folder gone", FILE_NAME]),
-        (["plot", "."], [f"holds no {FILE_NAME}", "StabilityGap"]),
-        (["plot", "runs"], [f"runs holds no {FILE_NAME}", "runs/version_0"]),
-        (["plot", "runs/version_0", "--output", "gap.doc"], ["'doc'", "png"]),
+        (["plot", "empty"], [f"empty holds no {FILE_NAME}", "StabilityGap"]),
+        (["plot", "metrics.csv"], ["metrics.csv is no file of StabilityGap", f"Give a {FILE_NAME}"]),
+        (["plot", "runs/version_0/metrics.csv"], [f"There is one beside it: runs/version_0/{FILE_NAME}"]),
+        (["plot", "runs/version_0", "--output", "gap.doc"], ["gap.doc: a picture is .png, .svg or .pdf, not .doc."]),
+        (["plot", "runs/version_0", "--output", "gone/gap.png"], ["there is no folder gone. Create it"]),
         (["plot", "runs/version_0", "--format", "png"], ["--format"]),
         (["plot", "text.json"], ["text.json is not JSON"]),
         (["plot", "other.json"], ["other.json: 'format' is missing"]),
@@ -71,6 +91,9 @@ def test_wherever_the_picture_goes_it_names_the_run(run, tmp_path):
 def test_wrong_use_is_one_line_and_exit_code_2(arguments, parts, run, tmp_path, capsys):
     (tmp_path / "text.json").write_text("no JSON")
     write_record(make_record(series={}), tmp_path / "empty.json")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "metrics.csv").touch()
+    (run / "metrics.csv").touch()
     (tmp_path / "other.json").write_text(json.dumps({"a": 1}))
     assert main(arguments) == 2
     err = capsys.readouterr().err
@@ -78,6 +101,12 @@ def test_wrong_use_is_one_line_and_exit_code_2(arguments, parts, run, tmp_path, 
     assert len(err.splitlines()) == 1
     for part in parts:
         assert part in err
+    assert not (tmp_path / "gone").exists()
+
+
+def test_the_help_and_the_message_name_the_same_formats(run, capsys):
+    assert main(["plot", "--help"]) == 0
+    assert ".png, .svg or .pdf" in " ".join(capsys.readouterr().out.split())
 
 
 def test_without_matplotlib_it_prints_the_table_and_says_how_to_get_the_picture(run, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from cli_fixtures import CliProbe
 from lightning_stable.cli.locate import list_templates
 from lightning_stable.cli.main import main
 from lightning_stable.cli.training import StableCLI, interval, marks, share, shares
+from lightning_stable.cli.values import explain_value
 
 BASE = """
 vars: {lr: 0.01, steps: 4, tag: base, marks: [1, 2], wsd_decay: 0.5}
@@ -204,7 +205,8 @@ def test_every_template_parses_and_builds(name, base, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.* will add nothing")
 @pytest.mark.parametrize("name", [template.name for template in list_templates("addon")])
 def test_every_addon_trains_a_few_steps(name, base):
-    assert main(["fit", "--config", base, "--config", f"addon:{name}"]) == 0
+    adapters = ["--vars.lae_parameters", '["layer.weight"]'] if name == "lae" else []  # the module has no LoRA
+    assert main(["fit", "--config", base, "--config", f"addon:{name}", *adapters]) == 0
 
 
 @pytest.mark.parametrize("name", [template.name for template in list_templates("recipe")])
@@ -260,6 +262,60 @@ def test_wrong_options_are_exit_code_2(arguments, parts, base, tmp_path, capsys)
     for part in parts:
         assert part in err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--optimizer", "SGD", "--optimizer.lr", "abc"],
+            "optimizer: SGD: lr: expected a number or a Tensor, got abc.",
+        ),
+        (
+            ["-c", "addon:stability_gap", "--vars.gap_task_steps", "100"],
+            "trainer.callbacks: StabilityGap: task_steps: expected a list of whole numbers or null, got 100. "
+            "Write a list, as in [100].",
+        ),
+        (
+            ["-c", "addon:ewc", "--vars.ewc_task_steps", "[a, 2]"],
+            "trainer.callbacks: EWC: task_steps: expected a list of whole numbers or null, got ['a', 2].",
+        ),
+        (
+            ["-c", "addon:ewc", "--vars.ewc_parameters", "*body.*"],
+            "trainer.callbacks: EWC: parameters: expected a list of texts or null, got *body.*. "
+            "Write a list, as in ['*body.*'].",
+        ),
+        (["--trainer.max_steps", "many"], "trainer.max_steps: expected a whole number, got many."),
+    ],
+    ids=["optimizer", "list", "in a list", "texts", "plain"],
+)
+def test_a_wrong_value_is_named_with_what_is_expected(options, message, base, capsys):
+    assert main(["fit", "--config", base, *options]) == 2
+    assert capsys.readouterr().err == f"lightning-stable: error: {message}\n"
+    assert main(["fit", "--config", base, *options, "--debug"]) == 2
+    first, second, *rest = capsys.readouterr().err.splitlines()
+    assert first == f"lightning-stable: error: {message}"
+    assert second == "The parser's own message:"
+    assert any("Parser key" in line for line in rest)
+
+
+@pytest.mark.parametrize(
+    ("message", "explained"),
+    [
+        ("no value is meant", None),
+        ('Parser key "a":\n  something else', None),
+        ('Parser key "a":\n  Expected a typing.Literal[1, 2]. Got value: 3', "a: expected one of 1, 2, got 3."),
+        ('Parser key "a":\n  Expected a dict[str, int]. Got value: 3', "a: expected a mapping, got 3."),
+        (
+            'Parser key "a":\n  Expected a list[list[float]]. Got value: 3',
+            "a: expected a list of lists of numbers, got 3.",
+        ),
+        ('Parser key "a":\n  Expected a tuple[str, ...]. Got value: ', "a: expected a list of texts, got nothing."),
+        ('Parser key "a":\n  Expected a list[my.Own]. Got value: 3', "a: expected a list of objects of Own, got 3."),
+    ],
+)
+def test_types_are_put_into_words(message, explained):
+    assert explain_value(message) == explained
 
 
 @pytest.mark.parametrize(
