@@ -151,6 +151,17 @@ def test_completion_shows_the_lazy_names():
     assert {method.class_name for method in METHODS} <= set(dir(lightning_stable))
 
 
+@pytest.mark.parametrize("room", ["callbacks", "metrics"])
+def test_completion_shows_the_lazy_names_of_a_room(room: str, tmp_path: Path):
+    code = f"""
+import sys
+import lightning_stable.{room} as room
+names = dir(room)
+print(sorted(set(room.__all__) - set(names)), len(names) - len(set(names)), 'torch' in sys.modules)
+"""
+    assert python(code, tmp_path) == "[] 0 False"
+
+
 def test_importing_the_package_imports_nothing_heavy(tmp_path: Path):
     code = """
 import sys

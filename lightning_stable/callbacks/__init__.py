@@ -50,3 +50,8 @@ def __getattr__(name: str) -> Any:
         if method.kind == "callback" and method.class_name == name:
             return load_class(method)
     raise AttributeError(f"module 'lightning_stable.callbacks' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the lazy names too, so that completion finds them."""
+    return sorted({*globals(), *__all__})

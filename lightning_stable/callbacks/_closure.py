@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.optim import Optimizer
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_stable.callbacks._host import MethodWrap, do_nothing
 from lightning_stable.callbacks._quiet import QuietPass, RandomState, is_quiet
 
-__all__ = ["RepeatableStep", "may_repeat", "repeated_batch"]
+__all__ = ["RepeatableStep", "is_trained_on", "may_repeat", "repeated_batch"]
 
 # Modules whose training step runs again at present, with the number of the micro-batch.
 _repeating: WeakKeyDictionary[LightningModule, int] = WeakKeyDictionary()
@@ -35,6 +36,11 @@ def may_repeat(pl_module: LightningModule) -> bool:
 def repeated_batch(pl_module: LightningModule) -> int | None:
     """Return which micro-batch of its optimizer step, from 0, runs again at present; ``None`` in a first pass."""
     return _repeating.get(pl_module)
+
+
+def is_trained_on(trainer: Trainer) -> bool:
+    """Tell whether a training step that runs now is trained on: a validation may call the module's own, too."""
+    return trainer.training and torch.is_grad_enabled()
 
 
 class _MicroBatch(NamedTuple):
@@ -128,7 +134,7 @@ class RepeatableStep:
 
     def _remember(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for ``training_step``."""
-        if not is_quiet(self._module) and self._wanted():
+        if is_trained_on(self._trainer) and not is_quiet(self._module) and self._wanted():
             self._batches.append(_MicroBatch(args, kwargs, RandomState.capture(self._module.device)))
         return original(*args, **kwargs)
 

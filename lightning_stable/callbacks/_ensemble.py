@@ -1,7 +1,6 @@
 """Let a module evaluate with the logits of two sets of weights, whoever asks it to."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -12,6 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_stable.callbacks._attributes import attributes_kept
 from lightning_stable.callbacks._head import HeadTap
 from lightning_stable.callbacks._host import MethodWrap
 from lightning_stable.callbacks._quiet import QuietPass, is_quiet
@@ -20,9 +20,6 @@ from lightning_stable.callbacks._reference import call_with_weights
 __all__ = ["EvaluationEnsemble"]
 
 _STEPS = ("validation_step", "test_step", "predict_step")
-
-# Attributes that every module has, with its parameters, buffers and parts among them.
-_INHERITED = frozenset(vars(LightningModule()))
 
 
 class EvaluationEnsemble:
@@ -125,15 +122,23 @@ class EvaluationEnsemble:
             others: list[Tensor] = []
             self._record = others
             try:
-                with self._quiet(module), _attributes_kept(module):
+                with self._quiet(module), attributes_kept(module):
                     call_with_weights(module, weights, lambda: original(*args, **kwargs))
             finally:
                 self._record = None
             self._waiting = iter(others)
             try:
-                return original(*args, **kwargs)
+                output = original(*args, **kwargs)
+                left = len(list(self._waiting))
             finally:
                 self._waiting = None
+            if left:
+                raise ValueError(
+                    f"{self._owner}: {self.head!r} ran {len(others)} times with the offline copy and "
+                    f"{len(others) - left} times with the live weights in the same step. Name a submodule that runs "
+                    "equally often with both, with the argument logits."
+                )
+            return output
 
     @contextmanager
     def _within(self) -> Iterator[None]:
@@ -184,32 +189,6 @@ class EvaluationEnsemble:
                 "classes, classes last. Name another submodule with the argument logits."
             )
         return logits
-
-
-@contextmanager
-def _attributes_kept(module: LightningModule) -> Iterator[None]:
-    """Give a module's attributes their values back: outputs of validation are often collected in lists of its own."""
-    own = {name: value for name, value in vars(module).items() if name not in _INHERITED}
-    contents = [
-        (container, dict(container) if isinstance(container, dict) else list(container))
-        for container in _containers(own.values(), {}).values()
-    ]
-    try:
-        yield
-    finally:
-        vars(module).update(own)
-        for container, content in contents:
-            container.clear()
-            (container.extend if isinstance(container, (list, deque)) else container.update)(content)
-
-
-def _containers(values: Iterable[Any], found: dict[int, Any]) -> dict[int, Any]:
-    """Return the plain containers among values and within each other, by identity."""
-    for value in values:
-        if isinstance(value, (list, deque, set, dict)) and id(value) not in found:
-            found[id(value)] = value
-            _containers(value.values() if isinstance(value, dict) else value, found)
-    return found
 
 
 def _with_logits(output: Any, logits: Tensor) -> Any:

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from lightning_stable.callbacks._host import MethodWrap
 
-__all__ = ["LoggedValue", "eval_mode", "evaluate_validation"]
+__all__ = ["LoggedValue", "eval_mode", "evaluate_validation", "to_device"]
 
 
 class LoggedValue(NamedTuple):
@@ -60,7 +60,7 @@ def evaluate_validation(trainer: Trainer, pl_module: LightningModule) -> dict[st
             pl_module.on_validation_start()
             pl_module.on_validation_epoch_start()
             for batch, batch_idx, dataloader_idx in iter(loaders):
-                moved = _to_device(trainer, pl_module, batch, dataloader_idx)
+                moved = to_device(trainer, pl_module, batch, dataloader_idx)
                 recorder.position(moved, dataloader_idx)
                 _step(trainer, pl_module, moved, batch_idx, dataloader_idx if several else None)
             recorder.position(None, None)
@@ -155,7 +155,7 @@ def _step(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: i
     pl_module.on_validation_batch_end(output, batch, *position)
 
 
-def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any, dataloader_idx: int) -> Any:
+def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:
     """Move a batch as the host's evaluation loop does.
 
     The one private call here, ``_on_before_batch_transfer``, is how the host honours that hook on a datamodule.
@@ -173,5 +173,8 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for part, flag in flags:
+            if type(part).train is not nn.Module.train:
+                part.train(flag)  # what it does beside setting the flag
         for part, flag in flags:
             part.training = flag

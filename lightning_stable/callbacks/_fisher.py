@@ -4,13 +4,14 @@ Where the loss of a sample is its negative log-likelihood, the mean over samples
 of the empirical Fisher information: how fast the likelihood of the data changes with each weight.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_stable.callbacks._evaluate import eval_mode
 from lightning_stable.callbacks._quiet import QuietPass
@@ -29,7 +30,8 @@ def fisher_diagonal(
 ) -> dict[str, Tensor]:
     """Return the mean over samples of the squared gradient of each sample's loss.
 
-    The module's own ``training_step`` runs in evaluation mode, under the run's precision; it logs nothing, counts no
+    The module's own ``training_step`` runs in evaluation mode, under the run's precision, recurrent parts without their
+    dropout, since they go backward in training mode alone on some devices; it logs nothing, counts no
     metric, and leaves buffers, random numbers and gradients as they were. Gradients are taken apart from those of
     training, so that nothing of them reaches ``.grad`` or the hooks of DDP. All processes have to call this; the mean
     is over the samples of all of them, and equal on all.
@@ -51,7 +53,7 @@ def fisher_diagonal(
     parameters = [live[name] for name in trained]
     takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
     count = 0
-    with torch.enable_grad(), quiet(pl_module), eval_mode(pl_module):
+    with torch.enable_grad(), quiet(pl_module), eval_mode(pl_module), _recurrent_parts(pl_module):
         for batch in batches:
             count += 1
             with trainer.precision_plugin.train_step_context():
@@ -68,6 +70,22 @@ def fisher_diagonal(
                     sums[name] += square if likelihood is None else square * likelihood.to(square)
     total = trainer.strategy.reduce(torch.tensor(float(count), device=pl_module.device), reduce_op="sum")
     return {name: trainer.strategy.reduce(value, reduce_op="sum") / total.clamp(min=1) for name, value in sums.items()}
+
+
+@contextmanager
+def _recurrent_parts(module: nn.Module) -> Iterator[None]:
+    """Let the recurrent parts of a module in evaluation mode go backward.
+
+    cuDNN refuses that outside training mode, in which they are the same but for their dropout.
+    """
+    parts = [(part, part.training, part.dropout) for part in module.modules() if isinstance(part, nn.RNNBase)]
+    try:
+        for part, _, _ in parts:
+            part.training, part.dropout = True, 0.0
+        yield
+    finally:
+        for part, training, dropout in parts:
+            part.training, part.dropout = training, dropout
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_stable.callbacks._gap_record import FORMAT
-from lightning_stable.callbacks._gap_series import GapSeries
+from lightning_stable.callbacks._gap_record import FORMAT, GRADIENTS
+from lightning_stable.callbacks._gap_series import RECOVERY_SHARE, GapSeries
 
 __all__ = ["GapLog"]
 
 # Evaluations that wait on the device at most, until one transfer reads them all.
 _WAITING = 64
-_GRADIENTS = ("plasticity", "stability", "cosine")
 
 
 class _Waiting(NamedTuple):
@@ -39,6 +38,8 @@ class GapLog:
     Attributes:
         done: Optimizer steps done, over all fits.
         evaluated: Those done at the last evaluation; ``None`` before the first.
+        due: An evaluation that has begun, or has to: ``"switch"`` before the first update of a task, ``"step"`` after
+            an update; empty if there is none.
         broken: Tasks of which a score was not a number, since it was last asked.
     """
 
@@ -53,6 +54,7 @@ class GapLog:
         """Begin anew."""
         self.done = 0
         self.evaluated: int | None = None
+        self.due = ""
         self.broken: set[int] = set()
         self._series: dict[str, GapSeries] = {}
         self._baseline: dict[int, float] = {}
@@ -72,24 +74,37 @@ class GapLog:
         """The tasks that have begun."""
         return sorted(self._names)
 
+    @property
+    def present(self) -> int | None:
+        """The task that began last; ``None`` before the first."""
+        return self._switches[-1][0] if self._switches else None
+
     def switch(self, task: int, name: str, samples: int) -> None:
-        """Let a task begin."""
+        """Let a task begin, and the one before it end with its latest evaluation."""
+        if self.present is not None:
+            self._wait(_Waiting("end", [], self.present, self.done, None))
         self._switches.append((task, self.done))
         self._names[task] = name
         self._samples[task] = samples
+        self.due = "switch"
 
-    def add(self, weights: str, tasks: Sequence[int], present: int, scores: Tensor) -> None:
-        """Add an evaluation of ``tasks`` with a set of weights, made while ``present`` is trained on."""
+    def add(
+        self, tasks: Sequence[int], present: int, scores: dict[str, Tensor], gradients: Tensor | None = None
+    ) -> None:
+        """Add an evaluation, made while ``present`` is trained on: all of it, or nothing.
+
+        Args:
+            tasks: Which tasks were evaluated.
+            present: The task that is trained on.
+            scores: Of each set of weights, of shape (tasks,).
+            gradients: Norms and cosine: plasticity, stability, cosine.
+        """
         self.evaluated = self.done
-        self._wait(_Waiting(weights, list(tasks), present, self.done, scores))
-
-    def add_gradients(self, values: Tensor) -> None:
-        """Add norms and cosine: plasticity, stability, cosine."""
-        self._wait(_Waiting("gradients", [], 0, self.done, values))
-
-    def end(self, task: int) -> None:
-        """End a task with its latest evaluation."""
-        self._wait(_Waiting("end", [], task, self.done, None))
+        for weights, values in scores.items():
+            self._wait(_Waiting(weights, list(tasks), present, self.done, values))
+        if gradients is not None:
+            self._wait(_Waiting("gradients", [], present, self.done, gradients))
+        self.due = ""
 
     def set_baseline(self, tasks: Sequence[int], scores: Tensor) -> None:
         """Note the scores before any training, of tasks that are to come, too."""
@@ -114,10 +129,15 @@ class GapLog:
         if self._gradients:
             found |= {
                 f"stability_gap/gradient_{name}": value
-                for name, value in zip(_GRADIENTS, self._gradients[-1][1:], strict=True)
+                for name, value in zip(GRADIENTS, self._gradients[-1][1:], strict=True)
                 if math.isfinite(value)
             }
         return found
+
+    def last_scores(self) -> dict[int, float]:
+        """Return the latest score of each task with the weights in the module."""
+        self.flush()
+        return self._series["live"].latest() if "live" in self._series else {}
 
     def ended(self) -> dict[str, float]:
         """Return the metrics at the end of the last task that ended, by the names that loggers are given."""
@@ -140,12 +160,13 @@ class GapLog:
             provisional: Sum up the present task, too, as if it ended now.
         """
         self.flush()
-        present = self._switches[-1][0] if self._switches else 0
+        present = self.present or 0
         record: dict[str, Any] = {
             "format": FORMAT,
             "score": self._score,
             "higher_is_better": self._higher_is_better,
             "every_n_steps": self._every_n_steps,
+            "recovery_share": RECOVERY_SHARE,
             "windows": list(self._windows),
             "tasks": [{"task": task, "name": self._names[task], "samples": self._samples[task]} for task in self.tasks],
             "switches": [{"task": task, "step": step} for task, step in self._switches],
@@ -159,7 +180,7 @@ class GapLog:
             columns = list(zip(*self._gradients, strict=True))
             record["gradients"] = {"steps": [int(step) for step in columns[0]]} | {
                 name: [value if math.isfinite(value) else None for value in column]
-                for name, column in zip(_GRADIENTS, columns[1:], strict=True)
+                for name, column in zip(GRADIENTS, columns[1:], strict=True)
             }
         return record
 
@@ -169,6 +190,7 @@ class GapLog:
         return {
             "done": self.done,
             "evaluated": self.evaluated,
+            "due": self.due,
             "series": {weights: series.state_dict() for weights, series in self._series.items()},
             "baseline": dict(self._baseline),
             "names": dict(self._names),
@@ -180,7 +202,7 @@ class GapLog:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         self.forget()
-        self.done, self.evaluated = state["done"], state["evaluated"]
+        self.done, self.evaluated, self.due = state["done"], state["evaluated"], state["due"]
         self._baseline = dict(state["baseline"])
         for weights, series in state["series"].items():
             self._of(weights).load_state_dict(series)

@@ -2,11 +2,12 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_stable.callbacks._gap_record import WEIGHTS
+from lightning_stable.callbacks._gap_record import WEIGHTS, recovery_share
+from lightning_stable.functional._gap import GapTrack, begin_gaps, record_gaps
 
 __all__ = ["Gap", "draw_gap", "find_gaps", "thin"]
 
@@ -17,12 +18,8 @@ _MAX_PANELS = 10
 _MAX_NAMED_SWITCHES = 8
 _DRAWN = 1000
 """Stretches that a line is thinned to, about one a pixel."""
-_RECOVERY = 0.9
-"""Share of the depth that has to be regained, as in ``functional.continual``."""
-
-_SHADE = 0.28
-_SMALLEST = 0.02
-"""Depth from which on a minimum is marked, as a share of the panel's height."""
+_SMALLEST = 0.05
+"""Depth from which on a minimum is marked, as a share of the panel's height: about that of a mark."""
 _LABEL = (0.024, 0.13)
 """Room of a number, as shares of the panel."""
 _EDGE = 0.98
@@ -37,7 +34,7 @@ class Gap(NamedTuple):
     Attributes:
         start: Optimizer step of the switch.
         reference: The score there.
-        lowest: Step and score of the minimum before the next switch.
+        lowest: Step and score of the minimum before the next switch; of the switch itself if it never fell below.
         end: Step of the recovery, ``None`` if there was none before the next switch.
         points: Steps and scores from the switch to the recovery, or to the next switch.
         depth: How far below the reference the minimum is, 0 if it never fell below.
@@ -52,7 +49,7 @@ class Gap(NamedTuple):
 
 
 def find_gaps(
-    points: Points, task: int, switches: Sequence[dict[str, Any]], sign: float = 1.0, share: float = _RECOVERY
+    points: Points, task: int, switches: Sequence[dict[str, Any]], share: float, sign: float = 1.0
 ) -> list[Gap]:
     """Return what happened to a task after each switch to another.
 
@@ -60,8 +57,8 @@ def find_gaps(
         points: Steps and scores of the task, in order.
         task: The task.
         switches: The record's switches.
-        sign: -1 where lower scores are better.
         share: Share of the depth that has to be regained.
+        sign: -1 where lower scores are better.
     """
     gaps = []
     for place, switch in enumerate(switches):
@@ -74,19 +71,24 @@ def find_gaps(
         # The last evaluation before the next switch is the last of this task, also where it has that switch's step.
         after = [point for point in points if start < point[0] <= stop]
         if before and after:
-            gaps.append(_measure(start, before[-1][1], after, sign, share))
+            gaps.append(_measure(start, before[-1][1], after, share, sign))
     return gaps
 
 
-def _measure(start: int, reference: float, after: Points, sign: float, share: float) -> Gap:
-    low = min(range(len(after)), key=lambda place: sign * after[place][1])
-    depth = max(0.0, sign * (reference - after[low][1]))
-    level = after[low][1] + sign * share * depth
-    back = None
-    if depth > 0:
-        back = next((i for i in range(low + 1, len(after)) if sign * (after[i][1] - level) >= 0), None)
-    points = [(start, reference), *(after if back is None else after[: back + 1])]
-    return Gap(start, reference, after[low], None if back is None else after[back][0], points, depth)
+def _measure(start: int, reference: float, after: Points, share: float, sign: float) -> Gap:
+    """Return one gap, as the metrics count it."""
+    track = GapTrack()
+    begin_gaps(track, {0: sign * reference}, start)
+    lowest = (start, reference)
+    for step, score in after:
+        fallen = track.gaps[0].lowest
+        record_gaps(track, {0: sign * score}, step, share)
+        if track.gaps[0].lowest < fallen:
+            lowest = (step, score)
+    (gap,) = track.gaps
+    end = None if gap.recovery is None else start + gap.recovery
+    points = [(start, reference), *(point for point in after if end is None or point[0] <= end)]
+    return Gap(start, reference, lowest, end, points, gap.reference - gap.lowest)
 
 
 def thin(points: Points, most: int = _DRAWN) -> Points:
@@ -145,7 +147,8 @@ def draw_gap(record: dict[str, Any], path: str | Path, title: str | None = None)
         _prepare(axis, record, _last_step(record, curves))
     _share_range(axes[: len(shown)], record, shown, curves)
     for axis, task in zip(axes, shown, strict=False):
-        _draw_task(axis, record, task, {w: lines[task["task"]] for w, lines in curves.items() if task["task"] in lines})
+        lines = {weights: lines[task["task"]] for weights, lines in curves.items() if task["task"] in lines}
+        _draw_task(axis, record, task, lines, list(curves))
     if gradients:
         _draw_gradients(axes[-1], record["gradients"])
     _name_switches(axes[0], record)
@@ -154,7 +157,7 @@ def draw_gap(record: dict[str, Any], path: str | Path, title: str | None = None)
     figure.align_ylabels(axes)
     unit = "accuracy, %" if record["score"] == "accuracy" else record["score"]
     figure.supylabel(unit, fontsize=9, y=1 - (0.8 + 0.725 * len(shown)) / figure.get_figheight())
-    _explain(figure, record, list(curves), title or "Stability gap " + "/".join(path.resolve().parts[-3:-1]))
+    _explain(figure, record, list(curves), title or "Stability gap: " + "/".join(path.resolve().parts[-3:-1]))
     if len(tasks) > len(shown):
         figure.text(0.99, 0.004, f"the first {len(shown)} of {len(tasks)} tasks", fontsize=8, ha="right", color=_TEXT)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,10 +215,13 @@ def _share_range(axes: Any, record: dict[str, Any], tasks: list[dict[str, Any]],
         room = 0.07 * (high - low) or 0.1
         # The numbers of the minima stand below them, or above where low is good.
         below, above = (2.5, 1) if record["higher_is_better"] else (1, 2.5)
-        axis.set_ylim(low - below * room, high + above * room)
+        bottom = low - below * room
+        axis.set_ylim(0 if bottom < 0 <= low else bottom, high + above * room)
 
 
-def _draw_task(axis: Any, record: dict[str, Any], task: dict[str, Any], lines: dict[str, Points]) -> None:
+def _draw_task(
+    axis: Any, record: dict[str, Any], task: dict[str, Any], lines: dict[str, Points], drawn: list[str]
+) -> None:
     """Draw what one task went through."""
     switches = record["switches"]
     ends = [*(switch["step"] for switch in switches[1:]), axis.get_xlim()[1]]
@@ -227,46 +233,72 @@ def _draw_task(axis: Any, record: dict[str, Any], task: dict[str, Any], lines: d
     for weights, points in lines.items():
         color, bold = _COLORS[weights], weights == "ema" or len(lines) == 1
         steps, scores = zip(*thin(points), strict=True)
-        axis.plot(steps, scores, color=color, linewidth=1.9 if bold else 0.9, zorder=3 if bold else 2.5)
+        # Not clipped: a line along the bottom of the panel keeps its width.
+        axis.plot(steps, scores, color=color, linewidth=1.9 if bold else 0.9, zorder=3 if bold else 2.5, clip_on=False)
         known = [point for point in points if math.isfinite(point[1])]
-        for gap in find_gaps(known, task["task"], switches, sign, record.get("recovery_share", _RECOVERY)):
+        for gap in find_gaps(known, task["task"], switches, recovery_share(record), sign):
+            if gap.depth == 0:
+                continue
             steps, scores = zip(*thin(gap.points), strict=True)
             worse = [gap.reference if sign * (score - gap.reference) > 0 else score for score in scores]
-            axis.fill_between(steps, worse, gap.reference, color=color, alpha=_SHADE, linewidth=0, zorder=1.8)
+            axis.fill_between(steps, worse, gap.reference, zorder=1.8, **_shade(weights, drawn))
             marks.append((gap, weights))
-    _mark_minima(axis, marks, sign, ".0f" if record["score"] == "accuracy" else ".3g")
+    _mark_minima(axis, marks, switches, sign, ".0f" if record["score"] == "accuracy" else ".3g")
     axis.set_ylabel("\n".join(textwrap.wrap(task["name"] or f"task {task['task']}", 18)[:3]), fontsize=8)
 
 
-def _mark_minima(axis: Any, marks: list[tuple[Gap, str]], sign: float, form: str) -> None:
+def _mark_minima(
+    axis: Any, marks: list[tuple[Gap, str]], switches: list[dict[str, int]], sign: float, form: str
+) -> None:
     """Mark the lowest scores, the deepest gap first; a number that would lie on another is left out."""
     to_panel = axis.transScale + axis.transLimits
+    lines = [float(to_panel.transform((switch["step"], 1))[0]) for switch in switches]
     taken: list[tuple[float, float]] = []
     for gap, weights in sorted(marks, key=lambda mark: -mark[0].depth):
         x, y = to_panel.transform(gap.lowest)
-        if abs(to_panel.transform((gap.start, gap.reference))[1] - y) < _SMALLEST:
+        if sign * (to_panel.transform((gap.start, gap.reference))[1] - y) < _SMALLEST:
             continue
-        color = _COLORS[weights]
-        axis.plot(*gap.lowest, marker="v" if sign > 0 else "^", markersize=4.5, color=color, mec="white", zorder=4)
-        text = format(gap.lowest[1], form)
-        # The live weights' minimum is the deeper one and has room below; the average rises to the right of its own.
-        left = weights == "ema" and x < _EDGE
-        place = (x + (0.5 * _LABEL[0] + 0.005 if left else 0), y - (0.02 if left else 0.1) * sign)
+        color, shape = _COLORS[weights], "v" if sign > 0 else "^"
+        axis.plot(*gap.lowest, marker=shape, markersize=4.5, color=color, mec="white", zorder=4, clip_on=False)
+        at_end = (y if sign > 0 else 1 - y) < _LABEL[1]
+        side = _side(x, weights == "ema" or at_end, lines)
+        down = 0.0 if at_end else 0.02 if side else 0.1
+        place = (x + side * (0.5 * _LABEL[0] + 0.005), y - down * sign)
         if any(abs(place[0] - px) < _LABEL[0] and abs(place[1] - py) < _LABEL[1] for px, py in taken):
             continue
         taken.append(place)
         axis.annotate(
-            text,
+            format(gap.lowest[1], form),
             gap.lowest,
-            xytext=(5 if left else 0, (-0.5 if left else -4) * sign),
+            xytext=(5 * side, (0 if at_end else -0.5 if side else -4) * sign),
             textcoords="offset points",
-            ha="left" if left else "center" if x < _EDGE else "right",
-            va="top" if sign > 0 else "bottom",
+            ha=("center", "left", "right")[side],
+            va="top" if (sign > 0) != at_end else "bottom",
             fontsize=7.5,
             color=color,
             zorder=5,
             bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
         )
+
+
+def _side(x: float, beside: bool, lines: list[float]) -> int:
+    """Return where a number stands: 1 right of its mark, -1 left of it, 0 below or above it.
+
+    The live weights' minimum is the deeper one and has room below; the average rises to the right of its own, and at
+    the panel's end there is no room below. Beside a switch the number goes to the side that its mark is on.
+    """
+    line = min(lines, key=lambda place: abs(place - x), default=-1.0)
+    if abs(line - x) < 0.5 * _LABEL[0]:
+        return 1 if x >= line and x < _EDGE else -1
+    return -1 if x >= _EDGE else int(beside)
+
+
+def _shade(weights: str, drawn: Collection[str]) -> dict[str, Any]:
+    """Return the look of a weight set's gaps: a colour, and lines in place of it where both are drawn."""
+    red, green, blue = (int(_COLORS[weights][place : place + 2], 16) / 255 for place in (1, 3, 5))
+    if weights == "live" or len(drawn) == 1:
+        return {"facecolor": (red, green, blue, 0.28), "linewidth": 0}
+    return {"facecolor": "none", "edgecolor": (red, green, blue, 0.75), "linewidth": 0, "hatch": "/////"}
 
 
 def _draw_gradients(axis: Any, gradients: dict[str, Any]) -> None:
@@ -308,7 +340,10 @@ def _explain(figure: Any, record: dict[str, Any], weights: list[str], title: str
     handles.append(Patch(color=_LEARNED, label="task is learned"))
     lowest, shape = ("lowest", "v") if record["higher_is_better"] else ("highest", "^")
     handles += [
-        Patch(color=_COLORS[weights[0]] if len(weights) == 1 else _TEXT, alpha=_SHADE, label="gap"),
+        *(
+            Patch(label="gap" if len(weights) == 1 else f"gap, {WEIGHTS[name]}", **_shade(name, weights))
+            for name in weights
+        ),
         Line2D([], [], color=_TEXT, marker=shape, markersize=4.5, linestyle="none", label=f"{lowest} since the switch"),
     ]
     figure.legend(

@@ -10,14 +10,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FILE_NAME", "FORMAT", "WEIGHTS", "check_record", "read_record", "summary_table", "write_record"]
+__all__ = [
+    "FILE_NAME",
+    "FORMAT",
+    "GRADIENTS",
+    "WEIGHTS",
+    "check_record",
+    "read_record",
+    "recovery_share",
+    "summary_table",
+    "write_record",
+]
 
 FILE_NAME = "stability_gap.json"
 FORMAT = 1
 WEIGHTS = {"live": "live", "ema": "EMA"}
 """The weight sets that have a series, with their names in tables and pictures."""
 
-_GRADIENTS = ("plasticity", "stability", "cosine")
+GRADIENTS = ("plasticity", "stability", "cosine")
+"""What is known of the gradients at each step of theirs."""
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -66,6 +77,12 @@ def write_record(record: dict[str, Any], path: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def recovery_share(record: dict[str, Any]) -> float:
+    """Return which share of a fall has to be made up for to count as recovered; nine tenths where a file is silent."""
+    share: float = record.get("recovery_share", 0.9)
+    return share
+
+
 def check_record(record: Any, where: str) -> None:
     """Raise ``ValueError`` unless a record has every field, of the right kind.
 
@@ -83,6 +100,8 @@ def check_record(record: Any, where: str) -> None:
     top.take("higher_is_better", bool)
     top.count("every_n_steps", 1)
     top.counts("windows", 1)
+    if "recovery_share" in record and not 0 < (top.number("recovery_share") or 0) <= 1:
+        top.refuse("recovery_share", f"is {record['recovery_share']}, not a share above 0 and up to 1")
     names = [fields.count("task") for fields in top.entries("tasks", _check_task)]
     if sorted(set(names)) != sorted(names):
         raise ValueError(f"{where}: 'tasks' names a task twice: {names}.")
@@ -286,7 +305,7 @@ def _check_summary(fields: _Fields, tasks: list[int]) -> None:
 
 def _check_gradients(fields: _Fields) -> None:
     steps = fields.steps()
-    for name in _GRADIENTS:
+    for name in GRADIENTS:
         fields.numbers(name, len(steps))
 
 

@@ -16,7 +16,10 @@ from lightning_stable.functional.continual import (
     update_continual,
 )
 
-__all__ = ["GapSeries"]
+__all__ = ["RECOVERY_SHARE", "GapSeries"]
+
+# Share of a fall that has to be made up for to count as recovered.
+RECOVERY_SHARE = 0.9
 
 
 class GapSeries:
@@ -35,7 +38,7 @@ class GapSeries:
 
     def __init__(self, windows: Sequence[int], *, higher_is_better: bool, baseline: Mapping[int, float]) -> None:
         self._tracker: ContinualState = init_continual(
-            tuple(windows), higher_is_better=higher_is_better, baseline=baseline
+            tuple(windows), higher_is_better=higher_is_better, recovery_share=RECOVERY_SHARE, baseline=baseline
         )
         self.steps: dict[int, list[int]] = {}
         self.scores: dict[int, list[float]] = {}

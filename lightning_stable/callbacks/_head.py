@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from lightning_stable.callbacks._quiet import quiet_depth
 
-__all__ = ["HeadTap"]
+__all__ = ["HeadTap", "list_heads"]
 
 # What ran, in order: the submodule's name and its output.
 Record = list[tuple[str, Any]]
@@ -167,6 +167,13 @@ def _nodes(loss: Tensor) -> set[Any]:
             seen.add(node)
             waiting += [following for following, _ in node.next_functions]
     return seen
+
+
+def list_heads(pl_module: LightningModule) -> str:
+    """Name the submodules that may put out the logits, in a sentence."""
+    return _list_names(
+        pl_module, {name: part for name, part in pl_module.named_modules() if isinstance(part, nn.Linear)}
+    )
 
 
 def _list_names(module: nn.Module, linears: dict[str, nn.Module]) -> str:

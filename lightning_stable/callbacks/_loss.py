@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_stable.callbacks._closure import may_repeat, repeated_batch
+from lightning_stable.callbacks._closure import is_trained_on, may_repeat, repeated_batch
 from lightning_stable.callbacks._head import HeadTap
 from lightning_stable.callbacks._host import MethodWrap, refuse_manual, refuse_sharded
 from lightning_stable.callbacks._quiet import is_quiet
@@ -119,8 +119,9 @@ class LossTerm(Callback, ABC):
     ) -> Any:
         """Stand in for ``training_step``."""
         again = repeated_batch(pl_module)
-        if again is None and is_quiet(pl_module):
-            return original(*args, **kwargs)  # another callback's own pass, for which there is no loss to add to
+        # Neither another callback's own pass nor a validation that calls the training step has a loss to add to.
+        if not is_trained_on(trainer) or (again is None and is_quiet(pl_module)):
+            return original(*args, **kwargs)
         if again is None:
             prepared = self._prepare(trainer, pl_module, lambda: original(*args, **kwargs))
             if may_repeat(pl_module):

@@ -40,21 +40,35 @@ class ReplayMemory:
         self._seen = 0
         self._balanced = init_balanced()
         self._generator = torch.Generator().manual_seed(seed)
+        # After the last draw, as long as that does not count.
+        self._drawn: Tensor | None = None
 
     def draw(self, count: int, task: int) -> list[int]:
-        """Return the places of samples to train on again.
+        """Return the places of samples to train on again, the same at each call before :meth:`end_batch`.
 
         Args:
             count: How many, for all processes together.
             task: The task that is learned.
         """
+        self._drawn = None
         if not len(self.store):
             return []
+        generator = torch.Generator()
+        generator.set_state(self._generator.get_state())
         if self.policy == "reservoir":
-            return draw_evenly(len(self.store), count, self._generator)
-        kept = torch.unique(self._balanced.groups).tolist()
-        shares = power_law(task, kept, self.exponent) if self.policy == "power_law" else dict.fromkeys(kept, 1.0)
-        return draw_by_group(self._balanced.groups, shares, count, self._generator)
+            places = draw_evenly(len(self.store), count, generator)
+        else:
+            kept = torch.unique(self._balanced.groups).tolist()
+            shares = power_law(task, kept, self.exponent) if self.policy == "power_law" else dict.fromkeys(kept, 1.0)
+            places = draw_by_group(self._balanced.groups, shares, count, generator)
+        self._drawn = generator.get_state()
+        return places
+
+    def end_batch(self) -> None:
+        """Let random numbers go on: the batch that samples were drawn for has come to its end."""
+        if self._drawn is not None:
+            self._generator.set_state(self._drawn)
+        self._drawn = None
 
     def choose(self, groups: list[int]) -> tuple[list[int], list[int]]:
         """Decide which of the next samples are to be kept.
@@ -82,16 +96,8 @@ class ReplayMemory:
         self._seen += len(groups)
         return placing
 
-    def random_state(self) -> Tensor:
-        """Return the state of the random numbers."""
-        return self._generator.get_state()
-
-    def state_dict(self, random_state: Tensor | None = None) -> dict[str, Any]:
-        """Return the state, safe to load.
-
-        Args:
-            random_state: That of the random numbers, if it is not to be the present one.
-        """
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, safe to load: before a draw whose batch has not come to its end."""
         return {
             "policy": self.policy,
             "capacity": self.capacity,
@@ -99,7 +105,7 @@ class ReplayMemory:
             "seen": self._seen,
             "groups": self._balanced.groups.clone(),
             "seen_of_group": dict(self._balanced.seen),
-            "generator": self.random_state() if random_state is None else random_state,
+            "generator": self._generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

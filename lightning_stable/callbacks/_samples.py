@@ -8,12 +8,21 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection, is_dataclass_instance
 from torch import Tensor
 
-__all__ = ["SampleStore", "count_samples", "find_labels", "sample_shapes", "take_samples"]
+__all__ = [
+    "SampleShape",
+    "SampleStore",
+    "count_samples",
+    "find_labels",
+    "rebuild",
+    "sample_rows",
+    "sample_shapes",
+    "take_samples",
+]
 
 _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 
-# What describes one tensor of a sample: its shape without the batch, and its dtype.
-SampleShape = tuple[tuple[int, ...], torch.dtype]
+# What describes one tensor of a sample: where it is, as in "['labels']", its shape without the batch, and its dtype.
+SampleShape = tuple[str, tuple[int, ...], torch.dtype]
 
 
 def count_samples(batch: Any, owner: str) -> int:
@@ -33,7 +42,7 @@ def count_samples(batch: Any, owner: str) -> int:
             "can tell which part belongs to which sample. Let the loader return tensors with one row for each sample, "
             "in tuples, lists, dictionaries or dataclasses."
         )
-    tensors = _leaves(batch)
+    tensors = [tensor for _, tensor in _walk(batch)]
     sizes = {len(tensor) if tensor.ndim else None for tensor in tensors}
     if len(sizes) != 1 or None in sizes:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "none"
@@ -46,8 +55,18 @@ def count_samples(batch: Any, owner: str) -> int:
 
 
 def sample_shapes(batch: Any) -> list[SampleShape]:
-    """Return the shape of one sample: that of each tensor without the first dimension, and its dtype."""
-    return [(tuple(tensor.shape[1:]), tensor.dtype) for tensor in _leaves(batch)]
+    """Return what one sample looks like, tensor by tensor: the same in whichever order a dictionary has its keys."""
+    return _shapes(sample_rows(batch))
+
+
+def sample_rows(batch: Any) -> dict[str, Tensor]:
+    """Return the tensors of a batch by where they are in it, as in ``"['labels']"``, sorted by that."""
+    return dict(sorted(_walk(batch), key=lambda found: found[0]))
+
+
+def rebuild(batch: Any) -> Any:
+    """Return the same tensors in new containers: what a training step takes out of a dictionary is still in this."""
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor)
 
 
 def take_samples(batch: Any, indices: Tensor) -> Any:
@@ -83,7 +102,7 @@ def find_labels(batch: Any, labels: str | None, owner: str) -> Tensor:
 
 
 class SampleStore:
-    """A fixed number of samples on the CPU, each a row in a flat list of tensors.
+    """A fixed number of samples on the CPU, each a row in some tensors that are known by where they are in a batch.
 
     Args:
         capacity: The largest number of samples.
@@ -94,8 +113,8 @@ class SampleStore:
         self.capacity = capacity
         self._owner = owner
         self._size = 0
-        # One tensor for each of a batch's; rows from the size on are room to grow.
-        self._rows: list[Tensor] = []
+        # Each tensor by where it is in a batch; rows from the size on are room to grow.
+        self._rows: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return self._size
@@ -103,7 +122,7 @@ class SampleStore:
     @property
     def shapes(self) -> list[SampleShape] | None:
         """What a sample looks like; ``None`` as long as there is none."""
-        return sample_shapes(self._rows) if self._size else None
+        return _shapes(self._rows) if self._size else None
 
     def put(self, batch: Any, sources: list[int], places: list[int]) -> None:
         """Keep samples of a batch, each in its place; where a place comes twice, the later one stays.
@@ -116,28 +135,45 @@ class SampleStore:
         Raises:
             ValueError: If the samples do not look like those that are kept already.
         """
-        if not sources:
-            return
-        self.check(sample_shapes(batch))
         last = dict(zip(places, sources, strict=True))
-        size = max(self._size, max(last) + 1)
-        if size > self.capacity or size - self._size > sum(place >= self._size for place in last):
+        which = torch.tensor(list(last.values()), dtype=torch.long)
+        rows = {path: tensor.detach()[which.to(tensor.device)] for path, tensor in sample_rows(batch).items()}
+        self.put_rows(rows, list(last))
+
+    def put_rows(self, rows: Mapping[str, Tensor], places: list[int]) -> None:
+        """Keep samples, each in its place, as :meth:`put` does.
+
+        Args:
+            rows: Their tensors, as :func:`sample_rows` returns them.
+            places: Where each goes, each place once.
+        """
+        if not places:
+            return
+        self.check(_shapes(rows))
+        size = max(self._size, max(places) + 1)
+        if size > self.capacity or size - self._size > sum(place >= self._size for place in places):
             raise ValueError(f"{self._owner}: places {places} leave a gap in, or the end of, {self.capacity} samples.")
-        tensors = [tensor.detach() for tensor in _leaves(batch)]
-        self._grow(size, tensors)
-        at, which = torch.tensor(list(last)), torch.tensor(list(last.values()))
-        for rows, tensor in zip(self._rows, tensors, strict=True):
-            rows[at] = tensor[which.to(tensor.device)].cpu()
+        self._grow(size, rows)
+        at = torch.tensor(places)
+        for path, kept in self._rows.items():
+            kept[at] = rows[path].detach().cpu()
         self._size = size
 
     def check(self, shapes: list[SampleShape]) -> None:
         """Raise ``ValueError`` if samples of these shapes do not look like those that are kept."""
-        if self.shapes is not None and shapes != self.shapes:
+        if self.shapes is None or shapes == self.shapes:
+            return
+        if [path for path, *_ in shapes] != list(self._rows):
             raise ValueError(
                 f"{self._owner} keeps samples to train on them again in one batch, so they have to look alike. Those "
-                f"kept have tensors of {_show(self.shapes)}, this batch of {_show(shapes)}. Pad sequences to one "
-                "length for the whole run, and crop or resize images to one size."
+                f"kept have tensors at {_show_paths(self.shapes)}, this batch at {_show_paths(shapes)}. Let the loader "
+                "return the same entries in each batch."
             )
+        raise ValueError(
+            f"{self._owner} keeps samples to train on them again in one batch, so they have to look alike. Those "
+            f"kept have tensors of {_show(self.shapes)}, this batch of {_show(shapes)}. Pad sequences to one "
+            "length for the whole run, and crop or resize images to one size."
+        )
 
     def batch(self, places: list[int], like: Any, device: torch.device | None = None) -> Any:
         """Return the samples at these places as one batch.
@@ -152,16 +188,16 @@ class SampleStore:
         """
         self.check(sample_shapes(like))
         at = torch.tensor(places, dtype=torch.long)
-        found = iter([rows[at] for rows in self._rows])
+        found = iter([self._rows[path][at] for path, _ in _walk(like)])
         return apply_to_collection(like, Tensor, lambda tensor: next(found).to(device or tensor.device))
 
     def clear(self) -> None:
         """Forget all samples."""
-        self._size, self._rows = 0, []
+        self._size, self._rows = 0, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the samples, as copies without the room to grow."""
-        return {"rows": [rows[: self._size].clone() for rows in self._rows]}
+        return {"rows": [rows[: self._size].clone() for rows in self._rows.values()], "paths": list(self._rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the samples of a checkpoint.
@@ -176,28 +212,37 @@ class SampleStore:
                 f"{self._owner}: the checkpoint has {size} samples, and there is room for {self.capacity}. Resume "
                 "with the same settings."
             )
-        self._size, self._rows = size, rows
+        self._size, self._rows = size, dict(zip(state["paths"], rows, strict=True))
 
-    def _grow(self, size: int, like: list[Tensor]) -> None:
+    def _grow(self, size: int, like: Mapping[str, Tensor]) -> None:
         """Make room for so many samples: twice as much as before, so that samples are seldom copied."""
         if not self._rows:
-            self._rows = [torch.empty(0, *tensor.shape[1:], dtype=tensor.dtype) for tensor in like]
-        present = len(self._rows[0])
+            self._rows = {path: torch.empty(0, *like[path].shape[1:], dtype=like[path].dtype) for path in like}
+        present = len(next(iter(self._rows.values())))
         if size > present:
             room = min(self.capacity, max(size, 2 * present)) - present
-            self._rows = [torch.cat([rows, rows.new_zeros(room, *rows.shape[1:])]) for rows in self._rows]
+            for path, rows in self._rows.items():
+                self._rows[path] = torch.cat([rows, rows.new_zeros(room, *rows.shape[1:])])
 
 
-def _leaves(batch: Any) -> list[Tensor]:
-    """Return the tensors of a batch, in the order in which it is put together again."""
-    found: list[Tensor] = []
+def _walk(batch: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield where each tensor of a batch is, and the tensor, in the order in which it is put together again."""
+    parts: list[tuple[str, Any]] = []
+    if isinstance(batch, Tensor):
+        yield path, batch
+    elif is_dataclass_instance(batch):
+        parts = [(f".{field.name}", getattr(batch, field.name)) for field in dataclasses.fields(batch) if field.init]
+    elif isinstance(batch, Mapping):
+        parts = [(f"[{key!r}]", part) for key, part in batch.items()]
+    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        parts = [(f"[{number}]", part) for number, part in enumerate(batch)]
+    for step, part in parts:
+        yield from _walk(part, path + step)
 
-    def collect(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
 
-    apply_to_collection(batch, Tensor, collect)
-    return found
+def _shapes(rows: Mapping[str, Tensor]) -> list[SampleShape]:
+    """Return what one sample looks like."""
+    return [(path, tuple(tensor.shape[1:]), tensor.dtype) for path, tensor in rows.items()]
 
 
 def _others(batch: Any) -> Iterator[Any]:
@@ -243,4 +288,8 @@ def _describe(batch: Any) -> str:
 
 
 def _show(shapes: list[SampleShape]) -> str:
-    return ", ".join(f"{shape} {str(dtype).removeprefix('torch.')}" for shape, dtype in shapes) or "no shape"
+    return ", ".join(f"{shape} {str(dtype).removeprefix('torch.')}" for _, shape, dtype in shapes) or "no shape"
+
+
+def _show_paths(shapes: list[SampleShape]) -> str:
+    return ", ".join(path or "the top" for path, *_ in shapes) or "no place"

@@ -1,14 +1,18 @@
 """Evaluate a module on fixed samples of several tasks inside training, in few passes, and leave no trace of it."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
-from lightning_stable.callbacks._evaluate import eval_mode
+from lightning_stable.callbacks._attributes import attributes_kept
+from lightning_stable.callbacks._evaluate import eval_mode, to_device
 from lightning_stable.callbacks._quiet import QuietPass
 from lightning_stable.callbacks._reference import call_with_weights
 from lightning_stable.callbacks._task_scores import TaskScore
@@ -19,7 +23,7 @@ from lightning_stable.callbacks._task_subsets import (
     find_loaders,
     join_subsets,
     refuse_overlap,
-    to_device,
+    share_subset,
 )
 
 __all__ = ["TaskEvaluation"]
@@ -27,6 +31,9 @@ __all__ = ["TaskEvaluation"]
 
 class TaskEvaluation:
     """The fixed samples of each task, and passes over them.
+
+    A failure on one process does not leave the others waiting: they hear of it, by an error or by a score that is not
+    a number.
 
     Args:
         score: How samples become a score.
@@ -57,7 +64,7 @@ class TaskEvaluation:
         self._source = ""
         self._subsets: dict[int, TaskSubset] = {}
         self._chunks: dict[tuple[int, ...], list[Chunk]] = {}
-        self.quiet = QuietPass()
+        self._quiet = QuietPass()
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the loaders and the logits of a fit.
@@ -72,7 +79,7 @@ class TaskEvaluation:
     def end(self) -> None:
         """Let go of the module and of everything that is on its device."""
         self.score.detach()
-        self._chunks, self.quiet = {}, QuietPass()
+        self._chunks, self._quiet = {}, QuietPass()
 
     def forget(self) -> None:
         """Forget the samples, too."""
@@ -88,36 +95,29 @@ class TaskEvaluation:
         """Return how many samples a task is evaluated on; 0 if none could be chosen."""
         return self._subsets[task].samples if task in self._subsets else 0
 
-    def choose(self, trainer: Trainer, tasks: Sequence[int]) -> list[str]:
+    def choose(self, trainer: Trainer, tasks: Sequence[int]) -> list[int]:
         """Choose the samples of the tasks that have none yet.
 
         Returns:
-            What the user is to know of it, once.
+            Those that have fewer than were asked for.
 
         Raises:
             ValueError: If a task has no loader or no samples, or tasks overlap.
         """
-        notes = []
+        few = []
         for task in tasks:
             if task in self._subsets:
                 continue
             if task >= len(self._loaders):
                 raise ValueError(
-                    f"StabilityGap: task {task} has no samples to evaluate on: {self._source} has {len(self._loaders)} "
-                    "loader(s). Give one for each task, in order."
+                    f"StabilityGap: task {task} has no samples to evaluate on: of {self._source} there are "
+                    f"{len(self._loaders)}. Give one loader for each task, in order."
                 )
-            chosen = choose_subset(
-                self._loaders[task], task, self._limit, self._seed, trainer.global_rank, trainer.world_size
-            )
-            self._subsets[task] = chosen
-            try:
-                refuse_overlap(self._subsets)
-            except ValueError:
-                del self._subsets[task]
-                raise
+            chosen = self._chosen(trainer, task)
             if chosen.samples < self._limit:
-                notes.append(f"task {task} has {chosen.samples} samples, fewer than subset={self._limit}: all are used")
-        return notes
+                few.append(task)
+            self._subsets[task] = chosen
+        return few
 
     def evaluate(
         self,
@@ -136,29 +136,68 @@ class TaskEvaluation:
             classes: The classes of each task that compete; ``None``: all.
             weights: Values to evaluate with in place of the live ones, by name.
         """
-        metrics: dict[int, Metric] = {}
+        metrics = self.score.metrics(tasks, pl_module.device)
+
+        def one_pass() -> Tensor:
+            return self._pass(trainer, pl_module, tasks, classes, metrics)
+
+        if metrics:
+            with agreement(trainer) as outcome, outcome:
+                self._with(pl_module, weights, one_pass)
+            with warnings.catch_warnings():
+                # A process may have no sample of a small task.
+                warnings.filterwarnings("ignore", ".*compute.*method of metric.*was called before.*update")
+                return torch.stack([torch.as_tensor(metrics[task].compute()).float() for task in tasks]).detach()
         failure: Exception | None = None
         try:
-            if weights is None:
-                sums = self._pass(trainer, pl_module, tasks, classes, metrics)
-            else:
-                sums = call_with_weights(
-                    pl_module, weights, lambda: self._pass(trainer, pl_module, tasks, classes, metrics)
-                )
+            sums = self._with(pl_module, weights, one_pass)
         except Exception as error:
             if trainer.world_size == 1:
                 raise
-            # The other processes wait for this one's share.
+            # The other processes wait for this one's share, and see that it is not a number: no more is exchanged.
             failure, sums = error, torch.full((len(tasks),), torch.nan, device=pl_module.device)
-        if self.score.of_metric:
-            found = torch.stack([torch.as_tensor(metrics[task].compute()).float() for task in tasks])
-        else:
-            total: Any = trainer.strategy.reduce(sums, reduce_op="sum") if trainer.world_size > 1 else sums
-            counts = torch.tensor([float(self.samples(task)) for task in tasks])
-            found = total / counts.to(total, non_blocking=True)
+        total: Any = trainer.strategy.reduce(sums, reduce_op="sum") if trainer.world_size > 1 else sums
         if failure is not None:
             raise failure
-        return found.detach()
+        counts = torch.tensor([float(self.samples(task)) for task in tasks])
+        return cast(Tensor, total / counts.to(total, non_blocking=True)).detach()
+
+    def accumulate(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        tasks: Sequence[int],
+        add: Callable[[Any, float], None],
+    ) -> None:
+        """Run ``add`` on each batch of one task, with its share of all samples of ``tasks``; with gradients.
+
+        Raises:
+            RuntimeError: If it failed on another process.
+        """
+        total = sum(self.samples(task) for task in tasks)
+        quiet = self._traceless(pl_module, steps=True)
+        with agreement(trainer) as outcome, outcome, torch.enable_grad(), quiet:
+            for chunk in self._prepared(trainer, pl_module, tasks, joined=False):
+                with trainer.precision_plugin.train_step_context():
+                    add(_copied(chunk.batch), (chunk.parts[0][2] - chunk.parts[0][1]) / total)
+
+    @staticmethod
+    def _with(
+        pl_module: LightningModule, weights: Mapping[str, Tensor] | None, one_pass: Callable[[], Tensor]
+    ) -> Tensor:
+        return one_pass() if weights is None else call_with_weights(pl_module, weights, one_pass)
+
+    def _chosen(self, trainer: Trainer, task: int) -> TaskSubset:
+        """Choose the samples of a task, on all processes or on none."""
+        chosen: TaskSubset | None = None
+        with agreement(trainer) as outcome, outcome:
+            chosen = choose_subset(
+                self._loaders[task], task, self._limit, self._seed, trainer.global_rank, trainer.world_size
+            )
+        shared = share_subset(cast(TaskSubset, chosen), task, trainer)
+        with agreement(trainer) as outcome, outcome:
+            refuse_overlap({**self._subsets, task: shared})
+        return shared
 
     def _pass(
         self,
@@ -170,15 +209,20 @@ class TaskEvaluation:
     ) -> Tensor:
         """Return the sum over this process's samples of each task."""
         sums = torch.zeros(max(tasks) + 1, device=pl_module.device)
-        with torch.no_grad(), self.quiet(pl_module), eval_mode(pl_module):
-            for chunk in self.prepared(trainer, pl_module, tasks, joined=self.score.joined):
+        with torch.no_grad(), self._traceless(pl_module, steps=self.score.runs_step):
+            for chunk in self._prepared(trainer, pl_module, tasks, joined=self.score.joined):
                 with trainer.precision_plugin.forward_context():
-                    found = self.score.sums(pl_module, chunk, classes, metrics)
-                for task, value in found.items():
-                    sums[task] += value
+                    # A module may change its batch in place.
+                    self.score.add(pl_module, chunk._replace(batch=_copied(chunk.batch)), classes, metrics, sums)
         return sums[list(tasks)]
 
-    def prepared(
+    @contextmanager
+    def _traceless(self, pl_module: LightningModule, *, steps: bool) -> Iterator[None]:
+        """Evaluate, and leave the module as it was; steps of a module often collect outputs in its attributes."""
+        with self._quiet(pl_module), eval_mode(pl_module), attributes_kept(pl_module) if steps else nullcontext():
+            yield
+
+    def _prepared(
         self, trainer: Trainer, pl_module: LightningModule, tasks: Sequence[int], *, joined: bool
     ) -> list[Chunk]:
         """Return the samples of tasks in chunks on the module's device."""
@@ -189,15 +233,60 @@ class TaskEvaluation:
                 if joined:
                     self._chunks.clear()  # of fewer tasks, not to be seen again
                 chunks = join_subsets({task: self._subsets[task] for task in group}, self._size)
-                self._chunks[group] = (
-                    [self._moved(trainer, pl_module, chunk) for chunk in chunks] if self._keep else chunks
-                )
+                self._chunks[group] = [_moved(trainer, pl_module, chunk) for chunk in chunks] if self._keep else chunks
             found += self._chunks[group]
-        return found if self._keep else [self._moved(trainer, pl_module, chunk) for chunk in found]
-
-    def _moved(self, trainer: Trainer, pl_module: LightningModule, chunk: Chunk) -> Chunk:
-        return chunk._replace(batch=to_device(trainer, pl_module, chunk.batch))
+        return found if self._keep else [_moved(trainer, pl_module, chunk) for chunk in found]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only means something in this process."""
-        return {**vars(self), "_loaders": [], "_subsets": {}, "_chunks": {}, "quiet": QuietPass()}
+        return {**vars(self), "_loaders": [], "_subsets": {}, "_chunks": {}, "_quiet": QuietPass()}
+
+
+@contextmanager
+def agreement(trainer: Trainer) -> Iterator["_Outcome"]:
+    """Let what runs inside fail on all processes if it fails on one, so that none waits for another.
+
+    Raises:
+        RuntimeError: Where only another process failed.
+    """
+    outcome = _Outcome()
+    yield outcome
+    well = outcome.failure is None
+    if trainer.world_size > 1:
+        well = trainer.strategy.reduce_boolean_decision(well)
+    if outcome.failure is not None:
+        raise outcome.failure
+    if not well:
+        raise RuntimeError("it failed on another process, whose output says why")
+
+
+class _Outcome:
+    """Holds an exception back until all processes know of it."""
+
+    failure: Exception | None = None
+
+    def __enter__(self) -> "_Outcome":
+        return self
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> bool:
+        if isinstance(error, Exception):
+            self.failure = error
+            return True
+        return False
+
+
+def _copied(batch: Any) -> Any:
+    """Return a batch whose containers and tensors are its own."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _moved(trainer: Trainer, pl_module: LightningModule, chunk: Chunk) -> Chunk:
+    """Move a chunk to the module's device, as a validation would: without what transfers do in training alone."""
+    state = cast(Any, trainer).state
+    stage, trainer.validating = state.stage, True
+    try:
+        return chunk._replace(
+            batch=to_device(trainer, pl_module, chunk.batch), owners=chunk.owners.to(pl_module.device)
+        )
+    finally:
+        state.stage = stage

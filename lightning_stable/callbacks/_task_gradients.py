@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_stable.callbacks._evaluate import eval_mode
 from lightning_stable.callbacks._task_evaluation import TaskEvaluation
 from lightning_stable.callbacks._task_scores import run_training_step
 
@@ -31,6 +30,9 @@ def gradient_parts(
 
     Returns:
         Of shape (3,), on the module's device; not a number where there is no stability part.
+
+    Raises:
+        ValueError: If no parameter trains.
     """
     plasticity = _gradient(evaluation, trainer, pl_module, [present])
     norm = torch.stack(torch._foreach_norm(plasticity)).norm()
@@ -50,21 +52,23 @@ def _gradient(
     Gradients of batches are added up, so that no more than one batch's graph is alive.
     """
     parameters = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError(
+            f"StabilityGap(gradients=True): no parameter of {type(pl_module).__name__} trains, so there is no gradient."
+        )
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-    total = sum(evaluation.samples(task) for task in tasks)
-    with torch.enable_grad(), evaluation.quiet(pl_module), eval_mode(pl_module):
-        for chunk in evaluation.prepared(trainer, pl_module, tasks, joined=False):
-            with trainer.precision_plugin.train_step_context():
-                output = run_training_step(pl_module, chunk.batch)
-            loss = output.get("loss") if isinstance(output, Mapping) else output
-            if not isinstance(loss, Tensor) or not loss.requires_grad:
-                continue
-            # Not backward(): that would add to the gradients of training and start the reduction over processes.
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            share = (chunk.parts[0][2] - chunk.parts[0][1]) / total
-            for part, gradient in zip(sums, found, strict=True):
-                if gradient is not None:
-                    part.add_(gradient.detach(), alpha=share)
+
+    def add(batch: Any, share: float) -> None:
+        output = run_training_step(pl_module, batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            return
+        # Not backward(): that would add to the gradients of training and start the reduction over processes.
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        known = [(part, gradient) for part, gradient in zip(sums, found, strict=True) if gradient is not None]
+        torch._foreach_add_([part for part, _ in known], [gradient.float() for _, gradient in known], alpha=share)
+
+    evaluation.accumulate(trainer, pl_module, tasks, add)
     if trainer.world_size > 1:
         strategy: Any = trainer.strategy
         sums = [strategy.reduce(part, reduce_op="sum") for part in sums]

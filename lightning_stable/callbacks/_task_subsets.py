@@ -1,19 +1,31 @@
 """The held-out samples that each task is evaluated on: chosen once, kept as tensors, joined for few large passes."""
 
+import copy
+import random
+import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler, Subset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_stable.callbacks._samples import count_samples, take_samples
 
-__all__ = ["Chunk", "TaskSubset", "choose_subset", "find_loaders", "join_subsets", "refuse_overlap", "to_device"]
+__all__ = [
+    "Chunk",
+    "TaskSubset",
+    "choose_subset",
+    "find_loaders",
+    "join_subsets",
+    "refuse_overlap",
+    "share_subset",
+]
 
 # Apart, so that tasks of the same length do not take samples of the same places.
 _SEED_STRIDE = 1_000_003
@@ -43,10 +55,12 @@ class Chunk(NamedTuple):
     Attributes:
         batch: The samples.
         parts: For each task in it: the task, and the first sample and the one after the last.
+        owners: The task of each sample.
     """
 
     batch: Any
     parts: list[tuple[int, int, int]]
+    owners: Tensor
 
 
 def find_loaders(trainer: Trainer, given: Sequence[Any] | None) -> tuple[list[Any], str]:
@@ -66,8 +80,9 @@ def find_loaders(trainer: Trainer, given: Sequence[Any] | None) -> tuple[list[An
     loaders = list(found) if isinstance(found, (list, tuple)) else [found] if found is not None else []
     if not loaders:
         raise ValueError(
-            "StabilityGap has nothing to evaluate on: the Trainer has no validation dataloader, and its datamodule no "
-            "task_dataloaders(). Give one loader for each task: StabilityGap(loaders=[...])."
+            "StabilityGap has nothing to evaluate on: at the start of training the Trainer has loaded no validation "
+            "dataloader, and its datamodule has no task_dataloaders(). Give one loader for each task: "
+            "StabilityGap(loaders=[...])."
         )
     return loaders, "the Trainer's validation dataloaders"
 
@@ -75,22 +90,50 @@ def find_loaders(trainer: Trainer, given: Sequence[Any] | None) -> tuple[list[An
 def choose_subset(loader: Any, task: int, limit: int, seed: int, rank: int, world_size: int) -> TaskSubset:
     """Take at most ``limit`` samples of a loader's dataset, the same each time, and this process's share of them.
 
-    A dataset without a length gives its first samples. Random numbers are left as they were.
+    A dataset without places gives its first samples. Random numbers, and the loader with its sampler, are left as they
+    were: what is read is a copy.
 
     Raises:
-        ValueError: If there are no samples.
+        ValueError: If there are no samples, or they cannot be told apart.
     """
     with isolate_rng():
+        _seed((seed * _SEED_STRIDE + task) % 2**32)
         if not _has_places(loader):
-            return _first_samples(loader, task, limit, rank, world_size)
-        places = _places(loader)
-        generator = torch.Generator().manual_seed((seed * _SEED_STRIDE + task) % 2**32)
-        places = sorted(places[place] for place in torch.randperm(len(places), generator=generator)[:limit].tolist())
+            return _first_samples(loader, task, limit)
+        found = _places(loader)
+        places = sorted(found[place] for place in torch.randperm(len(found))[:limit].tolist())
         if not places:
             raise ValueError(_empty(task))
         mine = places[rank::world_size]
         batch = loader.collate_fn([loader.dataset[place] for place in mine]) if mine else None
         return TaskSubset(batch, len(places), _origin(loader.dataset, places), _fingerprints(batch))
+
+
+def share_subset(subset: TaskSubset, task: int, trainer: Trainer) -> TaskSubset:
+    """Settle with the other processes which samples each has; all have to call this, and all raise together.
+
+    Raises:
+        ValueError: If the processes chose other samples where a dataset has places.
+    """
+    if trainer.world_size == 1:
+        return subset
+    own = 0 if subset.batch is None else count_samples(subset.batch, "StabilityGap")
+    chosen = sorted(subset.fingerprints) if subset.origin is None else sorted(subset.origin[1])
+    mark = zlib.crc32(repr(chosen).encode())
+    everyone: Any = trainer.strategy.all_gather(torch.tensor([own, mark], device=trainer.strategy.root_device))
+    counts, marks = everyone[:, 0].tolist(), everyone[:, 1].tolist()
+    if subset.origin is not None:
+        if len(set(marks)) > 1:
+            raise ValueError(
+                f"StabilityGap: the processes chose other samples of task {task}. Its dataset or its sampler differs "
+                "from process to process; give the same to all."
+            )
+        return subset
+    if len(set(marks)) > 1:
+        return subset._replace(samples=int(sum(counts)))  # a stream that gives each process samples of its own
+    mine = torch.arange(own)[trainer.global_rank :: trainer.world_size]
+    batch = take_samples(subset.batch, mine) if len(mine) else None
+    return subset._replace(batch=batch, samples=own, fingerprints=_fingerprints(batch))
 
 
 def refuse_overlap(subsets: dict[int, TaskSubset]) -> None:
@@ -125,18 +168,10 @@ def join_subsets(subsets: dict[int, TaskSubset], size: int) -> list[Chunk]:
             parts = [(task, max(start, first) - first, min(end, last) - first) for task, start, end in spans]
             whole = first == 0 and last == ends[-1]
             batch = joined if whole else take_samples(joined, torch.arange(first, last))
-            chunks.append(Chunk(batch, [part for part in parts if part[1] < part[2]]))
+            held_parts = [part for part in parts if part[1] < part[2]]
+            owners = torch.tensor([task for task, start, end in held_parts for _ in range(end - start)])
+            chunks.append(Chunk(batch, held_parts, owners))
     return chunks
-
-
-def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """Move a batch as the host's evaluation loop does.
-
-    The one private call here, ``_on_before_batch_transfer``, is how the host honours that hook on a datamodule.
-    """
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def _has_places(loader: Any) -> bool:
@@ -150,26 +185,47 @@ def _has_places(loader: Any) -> bool:
 def _places(loader: DataLoader[Any]) -> Sequence[int]:
     """Return the places in the dataset that a loader reads: all, unless its sampler is one that chooses."""
     sampler: Any = getattr(loader.batch_sampler, "sampler", None)
-    if isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
+    if isinstance(sampler, (SequentialSampler, DistributedSampler)):
         return range(len(loader.dataset))  # type: ignore[arg-type] # has a length, checked before
-    chosen: Any = loader.batch_sampler
+    if isinstance(sampler, RandomSampler) and not sampler.replacement:
+        return range(len(loader.dataset))  # type: ignore[arg-type]
+    chosen: Any = copy.deepcopy(loader.batch_sampler)
+    if isinstance(getattr(chosen, "sampler", None), Sampler) and getattr(chosen.sampler, "generator", None) is not None:
+        chosen.sampler.generator = None  # drawn from the numbers that were seeded for this
     return sorted({int(place) for places in chosen for place in places})
 
 
-def _first_samples(loader: Iterable[Any], task: int, limit: int, rank: int, world_size: int) -> TaskSubset:
+def _seed(seed: int) -> None:
+    """Seed every generator that datasets and samplers draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
+def _first_samples(loader: Iterable[Any], task: int, limit: int) -> TaskSubset:
     """Take the first samples that an iterable of batches gives."""
     batches, found = [], 0
-    for batch in loader:
+    for batch in _copied(loader):
         batches.append(batch)
         found += count_samples(batch, "StabilityGap")
         if found >= limit:
             break
-    found = min(found, limit)
     if not found:
         raise ValueError(_empty(task))
-    mine = torch.arange(found)[rank::world_size]
-    batch = take_samples(_concatenate(batches), mine) if len(mine) else None
-    return TaskSubset(batch, found, None, _fingerprints(batch))
+    batch = take_samples(_concatenate(batches), torch.arange(min(found, limit)))
+    return TaskSubset(batch, min(found, limit), None, _fingerprints(batch))
+
+
+def _copied(loader: Any) -> Iterable[Any]:
+    """Return an iterable that leaves the loader, its workers and its dataset where they are."""
+    if not isinstance(loader, DataLoader):
+        copied: Iterable[Any] = copy.deepcopy(loader)
+        return copied
+    settings: dict[str, Any] = {"collate_fn": loader.collate_fn, "batch_size": loader.batch_size}
+    if not isinstance(loader.dataset, IterableDataset):
+        settings["sampler"] = copy.deepcopy(loader.sampler)
+    return DataLoader(copy.deepcopy(loader.dataset), **settings)
 
 
 def _empty(task: int) -> str:
@@ -196,11 +252,13 @@ def _shared(one: TaskSubset, other: TaskSubset) -> tuple[int, int]:
 
 
 def _fingerprints(batch: Any) -> frozenset[int]:
-    """Return one number for each sample, from all its values."""
+    """Return one number for each sample, from all its values; the same in every process."""
     if batch is None:
         return frozenset()
-    rows = [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
-    return frozenset(hash(b"".join(row[place].numpy().tobytes() for row in rows)) for place in range(len(rows[0])))
+    samples = count_samples(batch, "StabilityGap")
+    leaves = [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.numel()]
+    rows = [leaf.cpu().reshape(samples, -1).contiguous().view(torch.uint8).numpy() for leaf in leaves]
+    return frozenset(zlib.crc32(b"".join(row[place].tobytes() for row in rows)) for place in range(samples))
 
 
 def _groups(held: Sequence[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:

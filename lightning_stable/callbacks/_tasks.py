@@ -6,11 +6,12 @@ from bisect import bisect_right
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 __all__ = ["TaskClock"]
 
-# Numbers what users ask for, so that the latest of several wins whichever callback it was asked of.
-_serial = itertools.count(1)
+# Orders what users ask for between fits, of whichever callbacks.
+_order = itertools.count(1)
 
 
 class TaskClock:
@@ -18,7 +19,8 @@ class TaskClock:
 
     In this order it is: what ``start_task`` asked for last, on any callback of the Trainer that has a clock; the number
     of ``task_steps`` that have passed, of any such callback; the datamodule's ``current_task``; the number of fits that
-    this module has been through, where a fit that is resumed stays in the task of its checkpoint.
+    this module has been through with any such callback, where a fit that is resumed stays in the task of its
+    checkpoint. What was asked for after the last fit and before the present one wins over what a checkpoint has.
 
     Args:
         owner: Class name of the callback, for messages.
@@ -38,10 +40,15 @@ class TaskClock:
         self.task_steps = None if task_steps is None else _checked(owner, task_steps)
         self.task = 0
         self.previous: int | None = None
+        # What was asked for, after its number among all that was asked of the Trainer's clocks.
         self._asked: tuple[int, int] | None = None
+        # The same, asked between fits: it has its number at the first batch, when all checkpoints have been read.
+        self._unnumbered: tuple[int, int] | None = None
         self._begun = False
         self._next_fit = False
         self._module: weakref.ref[LightningModule] | None = None
+        # That of the present fit from its first batch on.
+        self._trainer: weakref.ref[Trainer] | None = None
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare for a fit, in ``setup``: another module than before starts at task 0.
@@ -56,14 +63,12 @@ class TaskClock:
                     f"task_steps={other.task_steps}. Give both the same, or only one of them any."
                 )
         if self._module is None or self._module() is not pl_module:
-            asked = self._asked if self._module is None else None
             self.forget()
-            self._asked = asked  # before the first fit a user may have said where to start
             self._module = weakref.ref(pl_module)
-        self._next_fit = self._begun
+        self._next_fit, self._trainer = self._begun, None
 
     def forget(self) -> None:
-        """Forget what an earlier fit left, before a checkpoint is loaded."""
+        """Forget what an earlier fit left, before a checkpoint is loaded; what was asked for since then stays."""
         self.task, self.previous = 0, None
         self._asked, self._begun, self._next_fit = None, False, False
 
@@ -75,7 +80,11 @@ class TaskClock:
         """
         if isinstance(task, bool) or not isinstance(task, int) or task < 0:
             raise ValueError(f"{self._owner}.start_task({task!r}): a task is a whole number from 0 on.")
-        self._asked = (next(_serial), task)
+        self._unnumbered = (next(_order), task)
+        trainer = None if self._trainer is None else self._trainer()
+        in_fit = (TrainerFn.FITTING, TrainerStatus.RUNNING)
+        if trainer is not None and (trainer.state.fn, trainer.state.status) == in_fit:
+            self._number(trainer)
 
     def advance(self, trainer: Trainer) -> bool:
         """Find out the task of the batch that is about to be trained on, in ``on_train_batch_start``.
@@ -83,6 +92,8 @@ class TaskClock:
         Returns:
             Whether it is another task than that of the batch before. Weights are still those it ended with.
         """
+        self._trainer = weakref.ref(trainer)
+        self._number(trainer)
         task = self._present(trainer)
         self._next_fit = False
         changed = self._begun and task != self.task
@@ -98,18 +109,34 @@ class TaskClock:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, safe to load."""
+        # Asked between two fits and saved before the second: numbered in the checkpoint alone.
+        trainer = None if self._trainer is None else self._trainer()
+        asked = self._numbers(trainer).get(self, self._asked)
         return {
             "task": self.task,
             "previous": self.previous,
             "begun": self._begun,
-            "asked": None if self._asked is None else self._asked[1],
+            "asked": None if asked is None else list(asked),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state: the fit that it is loaded for continues its task."""
         self.task, self.previous, self._begun = state["task"], state["previous"], state["begun"]
-        self._asked = None if state["asked"] is None else (next(_serial), state["asked"])
+        self._asked = None if state["asked"] is None else (state["asked"][0], state["asked"][1])
         self._next_fit = False
+
+    def _number(self, trainer: Trainer) -> None:
+        """Number what was asked for since the last fit."""
+        for clock, asked in self._numbers(trainer).items():
+            clock._asked, clock._unnumbered = asked, None
+
+    def _numbers(self, trainer: Trainer | None) -> dict["TaskClock", tuple[int, int]]:
+        """Return the numbers of what was asked for since the last fit: it is later than all that has a number."""
+        clocks = dict.fromkeys([self, *([] if trainer is None else _clocks(trainer))])
+        last = max((clock._asked[0] for clock in clocks if clock._asked is not None), default=0)
+        waiting = [(*clock._unnumbered, clock) for clock in clocks if clock._unnumbered is not None]
+        ordered = enumerate(sorted(waiting, key=lambda found: found[0]), start=last + 1)
+        return {clock: (number, task) for number, (_, task, clock) in ordered}
 
     def _present(self, trainer: Trainer) -> int:
         """Return the task, from the first source that knows it."""
@@ -124,11 +151,12 @@ class TaskClock:
         named = getattr(_datamodule(trainer), "current_task", None)
         if named is not None:
             return int(named)
-        return self.task + 1 if self._next_fit else self.task
+        # A callback that joins in a later fit has not seen those before it.
+        return max(clock.task + clock._next_fit for clock in clocks)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only means something in this process."""
-        return {**vars(self), "_module": None}
+        return {**vars(self), "_module": None, "_trainer": None}
 
 
 def _clocks(trainer: Trainer) -> list[TaskClock]:

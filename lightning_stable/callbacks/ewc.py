@@ -2,9 +2,9 @@ r"""EWC, elastic weight consolidation: hold those weights near the last task's t
 
 Use it when tasks follow each other and no old samples may be kept after their task. It tells weights apart by the
 Fisher information, where :class:`~lightning_stable.callbacks.L2Anchor` holds all alike; from a pretrained model that
-one was reported to do better. Where old samples may be kept, replay does far better. Cost: two copies of the weights
-that are held, one fused pass over them for each optimizer step, ``samples`` samples in main memory, and at each switch
-of tasks a forward and backward pass for each of them.
+one was reported to do better. Not for tasks of new classes with one head: keep samples there. Cost: two copies of the
+weights that are held, one fused pass over them for each optimizer step, ``samples`` samples in main memory, and at each
+switch of tasks a forward and backward pass for each of them.
 
 Example:
     >>> from lightning.pytorch import Trainer
@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_stable.callbacks._anchor import WeightAnchor
 from lightning_stable.callbacks._fisher import fisher_diagonal
-from lightning_stable.callbacks._host import refuse_iterator, refuse_manual, run_first
+from lightning_stable.callbacks._host import refuse_iterator, refuse_manual
 from lightning_stable.callbacks._quiet import QuietPass
 from lightning_stable.callbacks._settings import check_count
 from lightning_stable.callbacks._task_samples import TaskSamples
@@ -95,16 +96,23 @@ class EWC(WeightAnchor):
         if stage == "fit":
             refuse_manual(pl_module, self, "there is no returned loss whose gradient it could take for each sample")
             refuse_iterator(pl_module, self)
-            run_first(trainer, self)  # what others save at the end of a batch has its samples
         super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.lam != 0:
+            self._task_samples.begin(trainer, pl_module, batch)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._task_samples.learn()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.lam != 0:
-            # Not before: a batch that fails comes again after a resume.
-            self._task_samples.keep(trainer, pl_module, batch)
+        self._task_samples.settle()
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -2,8 +2,8 @@ r"""L2 anchor: hold the weights near where the last task left them, for any modu
 
 Use it as the first thing to try when tasks follow each other and no old samples may be kept, above all from a
 pretrained model. It holds all weights alike; :class:`~lightning_stable.callbacks.EWC` holds those most that the old
-tasks need. Where old samples may be kept, replay does far better. Cost: one copy of the weights that are held, and one
-fused pass over them for each optimizer step.
+tasks need. Not for tasks of new classes with one head: keep samples there. Cost: one copy of the weights that are held,
+and one fused pass over them for each optimizer step.
 
 Example:
     >>> from lightning.pytorch import Trainer

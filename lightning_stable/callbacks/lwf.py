@@ -2,8 +2,8 @@ r"""LwF, learning without forgetting: distil from the weights that the last task
 
 Use it when tasks follow each other and no old samples may be kept: what is held are predictions, not weights, so the
 weights are free to move where that changes nothing that was said before. It works best where the new task's samples
-look like the old ones. Where old samples may be kept, replay does far better. Cost: from the first switch of tasks on,
-one forward pass more for each batch, and one copy of the weights that train.
+look like the old ones. Not for tasks of new classes with one head: keep samples there. Cost: from the first switch of
+tasks on, one forward pass more for each batch, and one copy of the weights that train.
 
 Example:
     >>> from lightning.pytorch import Trainer
@@ -56,7 +56,8 @@ class LwF(LossTerm):
 
     Raises:
         ValueError: At construction for a value out of range; at the start of a fit for manual optimisation, a sharded
-            strategy or an unknown submodule; in training if no head is found, or the logits of then and now do not fit.
+            strategy or an unknown submodule; in training if no head is found, or another one than in the last task, or
+            if the logits of then and now do not fit.
     """
 
     log_name = "lwf"
@@ -78,9 +79,10 @@ class LwF(LossTerm):
         # Parameters that were frozen then: no copy of them is needed as long as they are.
         self._frozen: set[str] = set()
         self._past: list[int] = []
-        # How many classes the logits have now, and had in the last task.
-        self._outputs = 0
-        self._past_outputs = 0
+        # How many classes the logits have now, and had in the last task; and of which head they are, and were.
+        self._outputs = self._past_outputs = 0
+        self._head: str | None = None
+        self._past_head: str | None = None
 
     # ------------------------------------------------------------------ hooks, in the host's order
 
@@ -134,6 +136,7 @@ class LwF(LossTerm):
             "frozen": sorted(self._frozen),
             "past": list(self._past),
             "outputs": [self._outputs, self._past_outputs],
+            "heads": [self._head, self._past_head],
         }
 
     @override
@@ -176,9 +179,15 @@ class LwF(LossTerm):
 
     @override
     def _term(self, trainer: Trainer, pl_module: LightningModule, logits: Tensor, prepared: Any) -> Tensor | None:
-        self._outputs = logits.shape[-1]
+        self._outputs, self._head = logits.shape[-1], self._tap.name
         if prepared is None:
             return None
+        if self.logits is None and self._past_head not in (None, self._head):
+            raise ValueError(
+                f"LwF: the logits are the output of {self._head!r} now, and were that of {self._past_head!r} in the "
+                "last task, whose model knows nothing of the other head. Name a submodule that puts out the logits in "
+                "every task with the argument logits."
+            )
         past = self._tap.logits(prepared)
         classes = self._past_outputs or past.shape[-1]
         if past.shape[:-1] != logits.shape[:-1] or classes > min(past.shape[-1], logits.shape[-1]):
@@ -212,7 +221,7 @@ class LwF(LossTerm):
         """Take in the task that has ended at the module's present weights."""
         if self.task_clock.previous is not None and self.task_clock.previous not in self._past:
             self._past.append(self.task_clock.previous)
-        self._past_outputs = self._outputs
+        self._past_outputs, self._past_head = self._outputs, self._head
         live = dict(pl_module.named_parameters())
         self._teacher = {name: value.detach().clone() for name, value in live.items() if value.requires_grad}
         self._frozen = live.keys() - self._teacher.keys()
@@ -230,6 +239,7 @@ class LwF(LossTerm):
         """Know of no task that has ended."""
         self._teacher, self._frozen, self._past = {}, set(), []
         self._outputs = self._past_outputs = 0
+        self._head = self._past_head = None
 
     def _take_over(self, state: dict[str, Any]) -> None:
         """Go on from the state of a checkpoint."""
@@ -237,6 +247,7 @@ class LwF(LossTerm):
         self._teacher, self._frozen = dict(state["teacher"]), set(state["frozen"])
         self._past = list(state["past"])
         self._outputs, self._past_outputs = state["outputs"]
+        self._head, self._past_head = state["heads"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only means something in this process."""

@@ -1,8 +1,9 @@
 r"""Refresh learning: unlearn each batch a little before it is learned, for any module under automatic optimisation.
 
 Use it on a stream of tasks beside a method that remembers, such as :class:`.Replay` or :class:`.EWC`: by itself it
-forgets. Cost: one forward and backward pass more for each optimizer step, on its first micro-batch; two fused passes
-over the weights and their noise; one copy of the weights; and at each change of tasks a pass for each of ``samples``.
+forgets. Cost: for each optimizer step one forward and backward pass more, on its first micro-batch, a copy of the
+weights, noise, and some passes over all of these; the importance of the weights; and at each change of tasks a forward
+and backward pass for each of ``samples``.
 
 Example:
     >>> from lightning.pytorch import Trainer
@@ -28,8 +29,8 @@ from lightning_stable.callbacks._host import (
     refuse_manual,
     refuse_sharded,
     refuse_unusual_gradient,
-    run_first,
 )
+from lightning_stable.callbacks._provisional import ProvisionalChange
 from lightning_stable.callbacks._quiet import QuietPass
 from lightning_stable.callbacks._settings import check_count, check_not_negative, check_positive
 from lightning_stable.callbacks._task_samples import TaskSamples
@@ -49,7 +50,8 @@ class RefreshLearning(Callback):
     go on its first micro-batch and :math:`F` the importance of each weight for the tasks that have ended: the mean over
     ``samples`` of their samples of the squared gradient, times the likelihood of the target. The gradient is that of
     the module's own ``training_step``, without what other callbacks add to the loss. That pass logs nothing, counts no
-    metric, and leaves random numbers, buffers and ``.grad`` as they were. Then the step is taken as usual.
+    metric, and leaves random numbers, buffers and ``.grad`` as they were. Then the step is taken as usual; if it fails
+    or makes no update, the weights go back to where they were.
 
     Under DDP the gradient is averaged over processes, and noise is the same in all.
 
@@ -112,9 +114,9 @@ class RefreshLearning(Callback):
         self._restored: dict[str, Any] | None = None
         self._wrap: MethodWrap | None = None
         self._quiet = QuietPass()
-        # Weights and random numbers before the batch that is trained on was unlearned, in case it fails.
-        self._before: tuple[list[Tensor], list[Tensor], Tensor] | None = None
-        self._last_step = 0
+        self._unlearned: ProvisionalChange | None = None
+        # Random numbers before the batch that is trained on was unlearned, in case it fails.
+        self._random_before: Tensor | None = None
 
     # ------------------------------------------------------------------ hooks, in the host's order
 
@@ -126,7 +128,6 @@ class RefreshLearning(Callback):
         refuse_manual(pl_module, self, "there is no returned loss whose gradient it could take")
         refuse_sharded(trainer, self, "it moves whole weights along whole gradients")
         refuse_iterator(pl_module, self)
-        run_first(trainer, self)  # what others save at the end of a batch has its samples
         self.task_clock.begin(trainer, pl_module)
         if self._module is None or self._module() is not pl_module:
             self.reset()
@@ -149,14 +150,14 @@ class RefreshLearning(Callback):
             self._restored = None
         self._place(pl_module)
         self._undo()
-        self._last_step = trainer.global_step
         if self.strength == 0:
             return  # nothing moves, so nothing has to be known
+        self._unlearned = unlearned = ProvisionalChange(trainer)
 
         def around(original: Callable[..., Any], batch: Any, batch_idx: int) -> Any:
             response = original(batch, batch_idx)
             if response != -1 and batch_idx % trainer.accumulate_grad_batches == 0:
-                self._unlearn(trainer, pl_module, batch, batch_idx)
+                self._unlearn(trainer, pl_module, batch, batch_idx, unlearned)
             return response
 
         # The module's hook comes after those of all callbacks: what they see at the start of a batch, such as the
@@ -170,24 +171,24 @@ class RefreshLearning(Callback):
             return
         if ended:
             self._end_task(trainer, pl_module, batch)
+        self._kept.begin(trainer, pl_module, batch)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._kept.learn()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._wrap is not None:
-            # Not before: a batch that fails comes again after a resume.
-            self._kept.keep(trainer, pl_module, batch)
-        if trainer.global_step != self._last_step:
-            self._before, self._last_step = None, trainer.global_step
+        self._kept.settle()
+        if self._unlearned is not None:
+            self._unlearned.end_batch()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._before is not None:
-            weights, values, random_state = self._before
-            with torch.no_grad():
-                torch._foreach_copy_(weights, values)
-            self._generator.set_state(random_state)
+        if self._unlearned is not None and self._unlearned.take_back() and self._random_before is not None:
+            self._generator.set_state(self._random_before)
         self._undo()
 
     @override
@@ -218,7 +219,14 @@ class RefreshLearning(Callback):
 
     # ------------------------------------------------------------------ helpers
 
-    def _unlearn(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def _unlearn(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        unlearned: ProvisionalChange,
+    ) -> None:
         """Move the weights away from a batch."""
         live = {name: weight for name, weight in pl_module.named_parameters() if weight.requires_grad}
         weights: list[Tensor] = list(live.values())
@@ -232,14 +240,15 @@ class RefreshLearning(Callback):
             for name, gradient in gradients.items():
                 refuse_unusual_gradient(self, name, gradient)
             walked = ascend(walked, list(gradients.values()), self.learning_rate)
-        self._before = (weights, [weight.detach().clone() for weight in weights], self._generator.get_state())
+        self._random_before = self._generator.get_state()
         generator, device = self._generator, pl_module.device
         if device.type != "cpu":
             # Seeded anew for each batch: only the one on the CPU is in the checkpoint.
             seed = int(torch.randint(2**62, (), generator=generator))
             generator = torch.Generator(device).manual_seed(seed)
         importance = [self._importance.get(name) for name in live]
-        refresh_weights(weights, walked, importance, self.strength, self.noise, self.damping, generator)
+        with unlearned.change(weights):
+            refresh_weights(weights, walked, importance, self.strength, self.noise, self.damping, generator)
 
     def _end_task(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Take in the importance of weights for the task that has ended."""
@@ -273,12 +282,14 @@ class RefreshLearning(Callback):
         }
 
     def _undo(self) -> None:
-        """Take the wrap off the module."""
-        self._before = None
+        """Take the wrap off the module, and the hooks off its optimizer."""
+        if self._unlearned is not None:
+            self._unlearned.undo()
+            self._unlearned = None
         if self._wrap is not None:
             self._wrap.undo()
             self._wrap = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only means something in this process."""
-        return {**vars(self), "_module": None, "_wrap": None, "_before": None, "_quiet": QuietPass()}
+        return {**vars(self), "_module": None, "_wrap": None, "_unlearned": None, "_quiet": QuietPass()}

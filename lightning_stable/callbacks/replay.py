@@ -1,9 +1,8 @@
 r"""Rehearsal from a small memory, for any LightningModule under automatic optimisation.
 
 Use it when the data changes over time and some of what came before may be kept: of all methods against forgetting it is
-the simplest, and seldom the worst. Where no sample may be kept, use EWC, L2Anchor or LwF. Cost: a second forward and
-backward pass for each batch, of ``batch_size`` samples; main memory for ``capacity`` samples in each process, which are
-in the checkpoint too.
+the simplest. Where no sample may be kept, use EWC, L2Anchor or LwF. Cost: a second forward and backward pass for each
+batch, of ``batch_size`` samples; main memory for ``capacity`` samples in each process, which are in the checkpoint too.
 
 Example:
     >>> from lightning.pytorch import Trainer
@@ -15,20 +14,18 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
-from lightning_stable.callbacks._closure import may_repeat, repeated_batch
+from lightning_stable.callbacks._closure import is_trained_on, may_repeat, repeated_batch
 from lightning_stable.callbacks._host import MethodWrap, refuse_iterator, refuse_manual, refuse_sharded, run_first
 from lightning_stable.callbacks._quiet import QuietPass, is_quiet
 from lightning_stable.callbacks._replay_memory import POLICIES, ReplayMemory
-from lightning_stable.callbacks._samples import count_samples, find_labels
+from lightning_stable.callbacks._samples import count_samples, find_labels, rebuild
 from lightning_stable.callbacks._settings import check_choice, check_count, check_not_negative
-from lightning_stable.callbacks._shared_samples import count_everywhere, put_everywhere
+from lightning_stable.callbacks._shared_samples import count_everywhere, gather_classes, gather_samples
 from lightning_stable.callbacks._tasks import TaskClock
 
 __all__ = ["Replay"]
@@ -109,16 +106,15 @@ class Replay(Callback):
         self._wrap: MethodWrap | None = None
         self._quiet = QuietPass(training=True)
         self._restored: dict[str, Any] | None = None
-        # What is replayed beside the present batch, and beside each micro-batch of this optimizer step if one of them
-        # may run again.
+        # The present batch as it came, what is replayed beside it, and beside each micro-batch of this optimizer step
+        # if one of them may run again.
+        self._batch: Any = None
         self._drawn: Any = None
         self._prepared: list[Any] = []
         self._last_step = 0
         # How many samples each process has in the present batch, and whether it was trained on.
         self._sizes: list[int] = []
         self._trained = False
-        # The memory's random numbers before it drew for the present batch: one that fails is drawn for again.
-        self._undrawn: Tensor | None = None
         self._memory = self._new_memory()
 
     def start_task(self, task: int) -> None:
@@ -169,7 +165,7 @@ class Replay(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._prepared, self._last_step, self._undrawn = [], trainer.global_step, None
+        self._prepared, self._last_step = [], trainer.global_step
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -179,8 +175,9 @@ class Replay(Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._prepared = []  # what an epoch that was cut within a step has left
         self._trained = False
+        # A training step may take entries out of the batch.
+        self._batch = rebuild(batch)
         self._sizes = count_everywhere(trainer, pl_module, self._memory.store, batch, "Replay")
-        self._undrawn = self._memory.random_state()
         world = trainer.world_size
         count = sum(self._sizes) if self.batch_size is None else self.batch_size * world
         places = self._memory.draw(count, self.task_clock.task)[trainer.global_rank :: world]
@@ -190,9 +187,10 @@ class Replay(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._memory.end_batch()
         if self._trained:
-            self._keep(trainer, pl_module, batch)
-        self._drawn, self._trained, self._undrawn = None, False, None
+            self._keep(trainer, pl_module, self._batch)
+        self._batch, self._drawn, self._trained = None, None, False
         if trainer.global_step != self._last_step:
             self._prepared, self._last_step = [], trainer.global_step
 
@@ -206,7 +204,7 @@ class Replay(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"memory": self._memory.state_dict(self._undrawn), "task_clock": self.task_clock.state_dict()}
+        return {"memory": self._memory.state_dict(), "task_clock": self.task_clock.state_dict()}
 
     # ------------------------------------------------------------------ the loss
 
@@ -215,8 +213,9 @@ class Replay(Callback):
     ) -> Any:
         """Stand in for ``training_step``."""
         again = repeated_batch(pl_module)
-        if again is None and is_quiet(pl_module):
-            return original(*args, **kwargs)  # another callback's own pass, beside those that are trained on
+        if again is None and (is_quiet(pl_module) or not is_trained_on(pl_module.trainer)):
+            # Another callback's own pass, beside those that are trained on; or a validation step that calls this one.
+            return original(*args, **kwargs)
         replayed = self._drawn if again is None else self._prepared[again]
         if again is None and may_repeat(pl_module):
             self._prepared.append(replayed)
@@ -227,7 +226,7 @@ class Replay(Callback):
         if loss is None or replayed is None:
             return output  # a skipped step, or what the host refuses; or nothing to replay
         with self._quiet(pl_module):
-            old = _loss(original(replayed, *args[1:], **kwargs))
+            old = _loss(original(rebuild(replayed), *args[1:], **kwargs))
         if old is None:
             return output
         term = (1 - self.weight) * old
@@ -241,10 +240,9 @@ class Replay(Callback):
         """Keep some samples of a batch, which on every process is its part of the whole one."""
         groups = [self.task_clock.task] * sum(self._sizes)
         if self.policy == "class_balanced":
-            classes = self._classes(batch).to(pl_module.device)
-            groups = (torch.cat(gather_all_tensors(classes)) if trainer.world_size > 1 else classes).tolist()
-        sources, places = self._memory.choose(groups)
-        put_everywhere(trainer, self._memory.store, batch, self._sizes, sources, places)
+            groups = gather_classes(self._classes(batch).to(pl_module.device), self._sizes)
+        chosen = self._memory.choose(groups)
+        self._memory.store.put_rows(*gather_samples(trainer, batch, self._sizes, chosen))
 
     def _classes(self, batch: Any) -> Tensor:
         """Return the class of each sample of this process's part."""
@@ -263,7 +261,7 @@ class Replay(Callback):
 
     def _undo(self) -> None:
         """Take the wrap off the module."""
-        self._drawn, self._prepared, self._trained = None, [], False
+        self._batch, self._drawn, self._prepared, self._trained = None, None, [], False
         self._quiet = QuietPass(training=True)
         if self._wrap is not None:
             self._wrap.undo()
@@ -271,8 +269,8 @@ class Replay(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only means something in this process."""
-        left_out: dict[str, Any] = {"_module": None, "_wrap": None, "_drawn": None, "_prepared": []}
-        return {**vars(self), **left_out, "_quiet": QuietPass(training=True)}
+        left_out: dict[str, Any] = dict.fromkeys(("_module", "_wrap", "_batch", "_drawn"))
+        return {**vars(self), **left_out, "_prepared": [], "_quiet": QuietPass(training=True)}
 
 
 def _loss(output: Any) -> Tensor | None:

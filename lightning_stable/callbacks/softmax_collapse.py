@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_stable.callbacks._closure import is_trained_on
 from lightning_stable.callbacks._head import HeadTap
 from lightning_stable.callbacks._host import MethodWrap, refuse_sharded
 from lightning_stable.callbacks._quiet import is_quiet
@@ -76,8 +77,8 @@ class SoftmaxCollapseMonitor(Callback):
         refuse_sharded(trainer, self, "it was not tried with weights that are sharded over processes")
 
         def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            # Not the passes that other callbacks add, at weights of their own.
-            if not self._due(trainer) or is_quiet(pl_module):
+            # Not the passes that other callbacks add, at weights of their own, nor validations.
+            if not self._due(trainer) or not is_trained_on(trainer) or is_quiet(pl_module):
                 return original(*args, **kwargs)
             return self._training_step(pl_module, original, args, kwargs)
 

@@ -10,30 +10,25 @@ Example:
     >>> trainer = Trainer(callbacks=[StabilityGap(every_n_steps=5)], logger=False, enable_checkpointing=False)
 """
 
-import math
-import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_stable.callbacks._averaging import AveragedWeights
-from lightning_stable.callbacks._gap_files import find_folder, write_files
 from lightning_stable.callbacks._gap_log import GapLog
 from lightning_stable.callbacks._gap_record import summary_table
+from lightning_stable.callbacks._gap_report import GapReport
 from lightning_stable.callbacks._host import refuse_sharded
 from lightning_stable.callbacks._settings import check_choice, check_count
 from lightning_stable.callbacks._task_evaluation import TaskEvaluation
 from lightning_stable.callbacks._task_gradients import gradient_parts
-from lightning_stable.callbacks._task_scores import TaskScore
+from lightning_stable.callbacks._task_scores import TaskScore, refuse_own_steps
 from lightning_stable.callbacks._tasks import TaskClock
 
 __all__ = ["StabilityGap"]
@@ -43,7 +38,7 @@ class StabilityGap(Callback):
     r"""Evaluate every seen task inside training, and tell how deep each falls when another begins (arXiv 2205.13452).
 
     Evaluated are fixed samples of each task, every ``every_n_steps`` optimizer steps, once before the first update of
-    each task, and at the end of each epoch. From the curves follow average accuracy, forgetting, minimum accuracy,
+    each task, and at the end of each task and epoch. From the curves follow average accuracy, forgetting, minimum and
     worst-case accuracy, windowed forgetting and plasticity, and the depth of each gap and the steps to recover from it:
     see :class:`lightning_stable.metrics.ContinualMetrics` for the equations.
 
@@ -103,8 +98,12 @@ class StabilityGap(Callback):
         check_count("every_n_steps", every_n_steps, 1, "optimizer steps")
         check_count("subset", subset, 1, "samples")
         check_count("batch_size", batch_size, 1, "samples")
+        if isinstance(windows, (str, int)):
+            raise ValueError(f"windows={windows!r} is not a list of numbers of evaluations like [10, 100].")  # noqa: TRY004
         for window in windows:
             check_count("windows", window, 2, "evaluations")
+        if loaders is not None and not isinstance(loaders, (list, tuple)):
+            raise ValueError(f"loaders={loaders!r} is not a list with one dataloader for each task.")
         if weights is not None:
             check_choice("weights", weights, ("live", "ema", "both"))
         check_choice("cache", cache, ("device", "cpu"))
@@ -133,13 +132,10 @@ class StabilityGap(Callback):
             keep_on_device=cache == "device",
         )
         self._log = GapLog(scored.name, scored.higher_is_better, every_n_steps, self.windows)
+        self._report = GapReport(self._log, directory, picture=picture, strict=strict)
         self._module: weakref.ref[LightningModule] | None = None
         self._restored: dict[str, Any] | None = None
-        self._checked = False
-        self._failed = False
         self._last_step = 0
-        self._told = -1
-        self._folder: Path | None = None
 
     def start_task(self, task: int) -> None:
         """Say that the next batch is the first of a task, from 0; from then on tasks change only by this.
@@ -169,11 +165,13 @@ class StabilityGap(Callback):
                 f"StabilityGap(weights={self.weights!r}) needs EMA or BalancedEMA in the same Trainer, and there is "
                 "none. Add one, or leave weights to None."
             )
+        if self.gradients:
+            refuse_own_steps(pl_module, "gradients=True")
         self.task_clock.begin(trainer, pl_module)
         if self._module is None or self._module() is not pl_module:
             self._forget()
             self._module = weakref.ref(pl_module)
-        self._restored, self._checked = None, False
+        self._restored = None
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -193,62 +191,55 @@ class StabilityGap(Callback):
             self._restored = None
         self._last_step = trainer.global_step
         self._evaluation.begin(trainer, pl_module)
-        self._folder = find_folder(trainer, self.directory)
-        if self._folder is None:
-            rank_zero_info(
-                "StabilityGap writes no stability_gap.json: the Trainer's logger has no directory. Give one: "
-                "StabilityGap(directory=...)."
-            )
+        self._report.begin(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        switched = self.task_clock.advance(trainer)
-        if not self._log.begun:
-            self._first(trainer, pl_module)
-        elif not self._checked:
-            self._choose(trainer, self._log.tasks)  # of an earlier fit
-        if switched:
+        self.task_clock.advance(trainer)
+        if not self._report.begun:
+            self._begin(trainer, pl_module)
+        if self._log.due == "step":
+            self._evaluate(trainer, pl_module, self._log.tasks)  # what a failure in the middle of it has left
+        # Asked of the log, not of the clock: a switch that was interrupted is taken up again.
+        if self._log.present != self.task_clock.task:
             self._switch(trainer, pl_module)
+        if self._log.due == "switch":
+            self._evaluate(trainer, pl_module, self._at_switch(trainer, pl_module))
         # Up to here nothing has been trained in this fit: what did not fit has ended it.
-        self._checked = True
+        self._report.begun = True
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        steps = (trainer.global_step - self._last_step) // max(1, len(trainer.optimizers))
-        if not steps:
-            return
-        self._last_step = trainer.global_step
-        before = self._log.done
-        self._log.done += steps
-        if self._log.done // self.every_n_steps > before // self.every_n_steps:
-            self._evaluate(trainer, pl_module, self.task_clock.task, self._log.tasks)
+        optimizers = max(1, len(trainer.optimizers))
+        steps = (trainer.global_step - self._last_step) // optimizers
+        self._last_step += steps * optimizers
+        before, log = self._log.done, self._log
+        log.done += steps
+        due = log.done // self.every_n_steps > before // self.every_n_steps
+        if due or (_is_last(trainer, batch_idx) and log.evaluated != log.done):
+            log.due = "step"
+            self._evaluate(trainer, pl_module, log.tasks)
         every = max(1, cast(Any, trainer).log_every_n_steps)
-        if self._log.done // every > before // every:
-            self._report(trainer, self._log.latest())
+        if log.done // every > before // every:
+            self._report.send(trainer, log.latest())
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Here and not in on_train_end, where the module may hold an average already.
+        # Where a run was stopped within an epoch. Not in on_train_end: the module may hold an average by then.
         if self._log.begun and self._log.evaluated != self._log.done:
-            self._evaluate(trainer, pl_module, self.task_clock.task, self._log.tasks)
+            self._evaluate(trainer, pl_module, self._log.tasks)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._log.begun:
-            return
-        self._report(trainer, self._log.latest())
-        rank_zero_info(f"StabilityGap at the end of training:\n{self.summary()}")
-        self._told = self._log.done
-        if trainer.is_global_zero:
-            self._write(self.record(), picture=self.picture)
+        if self._log.begun:
+            self._report.end_of_fit(trainer)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._evaluation.end()
-        if self._log.begun and trainer.is_global_zero:
-            self._write(self.record(), picture=False)
+        self._report.failure(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -264,58 +255,81 @@ class StabilityGap(Callback):
         """Forget everything of an earlier module or run."""
         self._evaluation.forget()
         self._log.forget()
-        self._failed, self._told = False, -1
+        self._report.forget()
 
-    def _first(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with the first task: evaluate it before any update, and tasks to come where they have loaders."""
-        present = self.task_clock.task
-        tasks = sorted({*self._evaluation.tasks, present})
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose samples before the first update of a fit; of the first fit, measure tasks that are to come, too."""
+        loaders = len(self._evaluation.tasks)
+        known = max((len(steps) + 1 for steps in _task_steps(trainer)), default=0)
+        if known > loaders:
+            raise ValueError(
+                f"StabilityGap: with task_steps there are {known} tasks, and loaders for {loaders} of them. Give one "
+                "for each, in order."
+            )
+        first = self._log.present is None
+        tasks = sorted({*(self._evaluation.tasks if first else self._log.tasks), self.task_clock.task})
         self._choose(trainer, tasks)
-        if len(tasks) > 1:
+        if first and len(tasks) > 1:
             self._log.set_baseline(tasks, self._evaluation.evaluate(trainer, pl_module, tasks, self._classes(trainer)))
-        self._begin_task(trainer)
-        self._evaluate(trainer, pl_module, present, [present])
 
     def _switch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the task before, and evaluate the new one before its first update."""
-        previous, present = self.task_clock.previous, self.task_clock.task
-        if previous is not None:
-            if self._log.evaluated != self._log.done:
-                self._evaluate(trainer, pl_module, previous, self._log.tasks)
-            self._log.end(previous)
-            self._conclude(trainer, previous)
-        with self._tolerance():
+        """Let the task before end, and the next one begin."""
+        log, present = self._log, self.task_clock.task
+        previous = log.present
+        if previous is not None and log.evaluated != log.done:
+            self._evaluate(trainer, pl_module, log.tasks)
+        with self._report.tolerance():
             self._choose(trainer, [present])
-        self._begin_task(trainer)
-        self._evaluate(trainer, pl_module, present, [present])
+        names = self.task_clock.names(trainer) or []
+        name = names[present] if present < len(names) else f"task {present}"
+        log.switch(present, name, self._evaluation.samples(present))
+        if previous is not None:
+            self._report.end_of_task(trainer, previous)
+
+    def _at_switch(self, trainer: Trainer, pl_module: LightningModule) -> list[int]:
+        """Return the tasks to evaluate before the first update of the present one.
+
+        The others were evaluated with these weights, at the end of the task before; not so where a fit began with other
+        weights than the last one ended with, such as their average.
+        """
+        log = self._log
+        present = log.present
+        earlier = [task for task in log.tasks if task != present and self._evaluation.samples(task)]
+        if not self._evaluation.samples(cast(int, present)):
+            return earlier  # what gaps are measured from, at least
+        if earlier and not self._report.begun:
+            found = self._evaluation.evaluate(trainer, pl_module, earlier, self._classes(trainer)).tolist()
+            before = log.last_scores()
+            moved = any(abs(new - before.get(task, new)) > 1e-6 for task, new in zip(earlier, found, strict=True))
+            return [*earlier, cast(int, present)] if moved else [cast(int, present)]
+        return [cast(int, present)]
 
     def _choose(self, trainer: Trainer, tasks: Sequence[int]) -> None:
         """Choose the samples of tasks, where they have none yet."""
-        for note in self._evaluation.choose(trainer, tasks):
-            rank_zero_info(f"StabilityGap: {note}.")
+        few = self._evaluation.choose(trainer, tasks)
+        if few:
+            counts = ", ".join(str(self._evaluation.samples(task)) for task in few)
+            self._report.once(
+                f"StabilityGap: task(s) {', '.join(map(str, few))} have {counts} samples, fewer than subset="
+                f"{self.subset}: all are used."
+            )
 
-    def _begin_task(self, trainer: Trainer) -> None:
-        """Note that the present task begins."""
-        present, names = self.task_clock.task, self.task_clock.names(trainer) or []
-        name = names[present] if present < len(names) else f"task {present}"
-        self._log.switch(present, name, self._evaluation.samples(present))
-
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, present: int, tasks: Sequence[int]) -> None:
-        """Evaluate tasks with each set of weights, and note it as made while ``present`` is trained on."""
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, tasks: Sequence[int]) -> None:
+        """Evaluate tasks with each set of weights; what fails is noted as not a number."""
+        present = cast(int, self._log.present)
         tasks = [task for task in tasks if self._evaluation.samples(task)]
-        if not tasks:
-            return
-        classes = self._classes(trainer)
-        for name, weights in self._weight_sets(trainer, pl_module).items():
-            scores = torch.full((len(tasks),), torch.nan, device=pl_module.device)
-            with self._tolerance():
-                scores = self._evaluation.evaluate(trainer, pl_module, tasks, classes, weights)
-            self._log.add(name, tasks, present, scores)
-        if self.gradients:
-            with self._tolerance():
-                earlier = [task for task in self._log.tasks if task != present and self._evaluation.samples(task)]
-                self._log.add_gradients(gradient_parts(self._evaluation, trainer, pl_module, present, earlier))
-        self._log.evaluated = self._log.done
+        classes, gradients = self._classes(trainer), None
+        scores: dict[str, Tensor] = {}
+        for name, weights in self._weight_sets(trainer, pl_module).items() if tasks else ():
+            scores[name] = torch.full((len(tasks),), torch.nan, device=pl_module.device)
+            with self._report.tolerance():
+                scores[name] = self._evaluation.evaluate(trainer, pl_module, tasks, classes, weights)
+        if self.gradients and self._evaluation.samples(present):
+            gradients = torch.full((3,), torch.nan, device=pl_module.device)
+            earlier = [task for task in self._log.tasks if task != present and self._evaluation.samples(task)]
+            with self._report.tolerance():
+                gradients = gradient_parts(self._evaluation, trainer, pl_module, present, earlier)
+        self._log.add(tasks, present, scores, gradients)
 
     def _weight_sets(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, dict[str, Tensor] | None]:
         """Return the sets of weights to evaluate with; ``None`` stands for those in the module."""
@@ -334,59 +348,6 @@ class StabilityGap(Callback):
             return None
         return {task: torch.tensor(classes) for task, classes in enumerate(datamodule.task_classes)}
 
-    @contextmanager
-    def _tolerance(self) -> Iterator[None]:
-        """Let an evaluation fail without an end to training, once the first of the fit has worked."""
-        try:
-            yield
-        except Exception as error:
-            if self.strict or not self._checked:
-                raise
-            self._complain(f"an evaluation failed ({type(error).__name__}: {error})")
-
-    def _complain(self, what: str) -> None:
-        """Report a failure, once."""
-        if not self._failed:
-            warnings.warn(
-                f"StabilityGap: {what}. Training goes on; what fails from now on is not said again. With strict=True a "
-                "failed evaluation ends the run.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        self._failed = True
-
-    def _report(self, trainer: Trainer, values: dict[str, float]) -> None:
-        """Write values to the loggers, and complain of scores that are not numbers."""
-        if self._log.broken:
-            what = f"the score of task {min(self._log.broken)} is not a number"
-            self._log.broken = set()
-            if self.strict:
-                raise RuntimeError(f"StabilityGap: {what}.")
-            self._complain(what)
-        for logger in trainer.loggers:
-            # The host logs what comes of a step under the number of steps before it, of one optimizer.
-            logger.log_metrics(
-                {name: value for name, value in values.items() if math.isfinite(value)},
-                step=max(0, trainer.global_step // max(1, len(trainer.optimizers)) - 1),
-            )
-
-    def _conclude(self, trainer: Trainer, task: int) -> None:
-        """Report the end of a task."""
-        self._report(trainer, self._log.ended())
-        if trainer.is_global_zero:
-            record = self._log.record(provisional=False)
-            if self._told != self._log.done:  # else the end of a fit was just told
-                rank_zero_info(f"StabilityGap at the end of task {task}:\n{summary_table(record)}")
-            self._write(record, picture=False)
-
-    def _write(self, record: dict[str, Any], *, picture: bool) -> None:
-        """Write the files, if there is a folder for them; a full disk is no reason to lose the run."""
-        try:
-            if self._folder is not None:
-                write_files(record, self._folder, picture=picture)
-        except (OSError, ValueError) as error:
-            self._complain(f"its files could not be written ({type(error).__name__}: {error})")
-
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only means something in this process."""
         return {**vars(self), "_module": None}
@@ -395,3 +356,17 @@ class StabilityGap(Callback):
 def _averaging(trainer: Trainer) -> AveragedWeights | None:
     """Return the callback that averages the weights, if there is one."""
     return next((one for one in cast(Any, trainer).callbacks if isinstance(one, AveragedWeights)), None)
+
+
+def _task_steps(trainer: Trainer) -> list[list[int]]:
+    """Return the steps at which tasks begin, as callbacks of the Trainer were given them."""
+    clocks = [getattr(callback, "task_clock", None) for callback in cast(Any, trainer).callbacks]
+    return [clock.task_steps for clock in clocks if isinstance(clock, TaskClock) and clock.task_steps is not None]
+
+
+def _is_last(trainer: Trainer, batch_idx: int) -> bool:
+    """Tell whether an epoch, or training, ends with this batch: what is saved from here on has its evaluation."""
+    host = cast(Any, trainer)
+    if host.fit_loop.epoch_loop.batch_progress.is_last_batch or batch_idx + 1 >= host.num_training_batches:
+        return True
+    return bool(host.max_steps and 0 < host.max_steps <= host.global_step)

@@ -114,16 +114,25 @@ def checked_scores(scores: Mapping[int, float], higher_is_better: bool) -> dict[
     better = {}
     for task, score in scores.items():
         number = checked_task(task)
-        try:
-            value = float(score)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"The score of task {number} is {score!r}, which is not one number.") from None
+        value = _as_float(score)
+        if value is None:
+            raise ValueError(f"The score of task {number} is {score!r}, which is not one number.")
         if not math.isfinite(value):
             raise ValueError(
                 f"The score of task {number} is {value}. It has to be finite: leave the task out of this evaluation."
             )
         better[number] = value if higher_is_better else -value
     return better
+
+
+def _as_float(score: Any) -> float | None:
+    """Return a score as a plain number, ``None`` if it is none; ``float`` itself would read a text."""
+    if isinstance(score, (str, bytes, bytearray)):
+        return None
+    try:
+        return float(score)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def checked_step(step: Any, last: int | None, first: bool) -> int | None:

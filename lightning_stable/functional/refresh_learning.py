@@ -15,18 +15,20 @@ tensor's length that it moves. :math:`\sigma` (``noise``) has the unit of the we
 :math:`1/F`. At the end of a task, :math:`F \leftarrow \tau F + F_{\text{task}}` (``decay`` :math:`\tau`), with
 :math:`F_{\text{task}}` the mean over its samples of the squared gradient times the likelihood of the target.
 
-Released code of arXiv 2403.13249 (read, not run), with :math:`J=1`: the rate :math:`\eta` then cancels, but for what
-counts as no gradient. There :math:`u` is the difference of two copies of the weights, so that an ascent that is lost in
-their rounding is none. Here :math:`u` is exact, and none if it is shorter than the rounding of its tensor: a bias in
-front of a batch norm has no gradient but rounding, which would be scaled up to the length of the bias. That code
-unlearns after the step, a public port of it before, as here. :math:`J>1` is ours; so is that a tensor whose gradient is
-not finite is not moved along it.
+Released code of arXiv 2403.13249 (models/derpp.py of joey-wang123/CL-refresh-learning at 2484f2a; read, not run), with
+:math:`J=1`: the rate :math:`\eta` then cancels, but for what counts as no gradient. There :math:`u` is the difference
+of two copies of the weights, so that an ascent that is lost in their rounding is none. Here :math:`u` is exact, and
+none if it is shorter than the rounding of its tensor: a bias in front of a batch norm has no gradient but rounding,
+which would be scaled up to the length of the bias. That code unlearns after the step, a public port of it (read)
+before, as the paper's abstract and as here. :math:`J>1` is ours; so is that a tensor whose gradient is not finite is
+not moved along it.
 
 The paper's :math:`\theta \leftarrow \theta + \gamma F^{-1}\nabla L + \mathcal N(0, 2\gamma F^{-1})` (from memory:
 unverified) is not offered: it has no value in the first task, where :math:`F = 0`.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,8 +49,10 @@ def ascend(walked: Sequence[Tensor], gradients: Sequence[Tensor], learning_rate:
         How far all steps went, in the shapes of the gradients, in float32 or wider. Kept apart from the weights: added
         to these, a small step would be lost in rounding.
     """
-    steps = [learning_rate * gradient.to(_wide(gradient)) for gradient in gradients]
-    return list(torch._foreach_add(list(walked), steps)) if walked else steps
+    if not gradients:
+        return []
+    steps = torch._foreach_mul([gradient.to(_wide(gradient)) for gradient in gradients], learning_rate)
+    return list(torch._foreach_add(list(walked), steps) if walked else steps)
 
 
 @torch.no_grad()
@@ -74,18 +78,14 @@ def refresh_weights(
         damping: How much importance slows a weight down.
         generator: Where noise is drawn from, on the weights' device; it is not used with ``noise=0``.
     """
+    # Lists for the fused operations, of tensors of one device and one precision.
+    groups: dict[tuple[torch.device, torch.dtype], list[_Refreshed]] = {}
     for weight, step, important in zip(weights, walked, importance, strict=True):
         wide = _wide(weight)
-        value, direction = weight.to(wide), step.to(wide)
-        size, length = torch.linalg.vector_norm(value), torch.linalg.vector_norm(direction)
-        moves = torch.isfinite(length) & (length > torch.finfo(wide).eps * size)
-        # Not a product with 0: what is not finite would stay so.
-        direction = torch.where(moves, direction * (size / length), 0.0)
-        if noise:
-            direction += noise * torch.randn(value.shape, generator=generator, device=value.device, dtype=wide)
-        if important is not None:
-            direction /= 1.0 + damping * important.to(direction)
-        weight.copy_(value + strength * direction)
+        refreshed = _Refreshed(weight, weight.to(wide), step.to(wide), important)
+        groups.setdefault((weight.device, wide), []).append(refreshed)
+    for group in groups.values():
+        _refresh_group(group, strength, noise, damping, generator)
 
 
 @torch.no_grad()
@@ -99,6 +99,41 @@ def add_importance(importance: Mapping[str, Tensor], of_task: Mapping[str, Tenso
     """
     total = {name: decay * value for name, value in importance.items()}
     return {**total, **{name: total[name] + value if name in total else value for name, value in of_task.items()}}
+
+
+class _Refreshed(NamedTuple):
+    """A tensor that is refreshed; its values are the tensor itself where that is wide enough to compute in."""
+
+    weight: Tensor
+    value: Tensor
+    walked: Tensor
+    importance: Tensor | None
+
+
+def _refresh_group(
+    group: Sequence[_Refreshed], strength: float, noise: float, damping: float, generator: torch.Generator | None
+) -> None:
+    """Move tensors of one device and one precision."""
+    values = [entry.value for entry in group]
+    ways = [entry.walked for entry in group]
+    sizes, lengths = torch.stack(torch._foreach_norm(values)), torch.stack(torch._foreach_norm(ways))
+    moves = torch.isfinite(lengths) & (lengths > torch.finfo(values[0].dtype).eps * sizes)
+    directions = torch._foreach_mul(ways, list((sizes / lengths).unbind()))
+    for direction, stays in zip(directions, moves.logical_not().unbind(), strict=True):
+        direction.masked_fill_(stays, 0.0)  # not a product with 0: what is not finite would stay so
+    if noise:
+        drawn = [torch.randn(v.shape, generator=generator, device=v.device, dtype=v.dtype) for v in values]
+        torch._foreach_add_(directions, drawn, alpha=noise)
+    known = [(way, entry.importance) for way, entry in zip(directions, group, strict=True)]
+    slowed = [(way, important.to(way)) for way, important in known if important is not None]
+    if slowed:
+        slower = torch._foreach_mul([important for _, important in slowed], damping)
+        torch._foreach_add_(slower, 1.0)
+        torch._foreach_div_([way for way, _ in slowed], slower)
+    torch._foreach_add_(values, directions, alpha=strength)
+    rounded = [entry for entry in group if entry.value is not entry.weight]
+    if rounded:
+        torch._foreach_copy_([entry.weight for entry in rounded], [entry.value for entry in rounded])
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -33,6 +33,7 @@ from torch import Generator, Tensor
 
 __all__ = [
     "BalancedState",
+    "Placing",
     "balanced_places",
     "draw_by_group",
     "draw_evenly",
@@ -97,30 +98,80 @@ def balanced_places(
     Returns:
         The kept samples as positions within the batch with the place of each, and the state after them.
     """
-    seen = dict(state.seen)
+    seen, members = dict(state.seen), _Members(state.groups)
     size = len(state.groups)
-    groups = torch.cat([state.groups, torch.empty(max(0, min(capacity - size, len(new))), dtype=torch.long)])
-    kept = _count(state.groups)
     chances = torch.rand(len(new), 2, dtype=torch.float64, generator=generator).tolist()
     last: dict[int, int] = {}
     for source, (group, (accept, where)) in enumerate(zip(new, chances, strict=True)):
-        complete = kept.get(group, 0) == seen.get(group, 0)
+        kept = members.count(group)
+        complete = kept == seen.get(group, 0)
         seen[group] = seen.get(group, 0) + 1
         if size < capacity:
             place, size = size, size + 1
+            members.add(group, place)
+        elif complete and kept < members.most():
+            place = members.take_over(group, where)
+        elif accept * seen[group] < kept:
+            place = members.any_of(group, where)
         else:
-            largest = max(kept.values())
-            grows = complete and kept.get(group, 0) < largest
-            if not grows and accept * seen[group] >= kept.get(group, 0):
-                continue
-            victims = [each for each, number in kept.items() if number == largest] if grows else [group]
-            candidates = torch.nonzero(torch.isin(groups, torch.tensor(victims))).flatten()
-            place = int(candidates[min(int(where * len(candidates)), len(candidates) - 1)])
-            kept[int(groups[place])] -= 1
-        groups[place] = group
-        kept[group] = kept.get(group, 0) + 1
+            continue
         last[place] = source
+    groups = torch.cat([state.groups, state.groups.new_empty(size - len(state.groups))])
+    groups[list(last)] = torch.tensor([new[source] for source in last.values()], dtype=torch.long)
     return (list(last.values()), list(last)), BalancedState(groups, seen)
+
+
+class _Members:
+    """The places of each group: each is found, and changes hands, without a look at the others."""
+
+    def __init__(self, groups: Tensor) -> None:
+        order = torch.argsort(groups, stable=True)
+        names, numbers = torch.unique_consecutive(groups[order], return_counts=True)
+        ordered, ends = order.tolist(), numbers.cumsum(0).tolist()
+        self._places: dict[int, list[int]] = {
+            name: ordered[end - number : end]
+            for name, number, end in zip(names.tolist(), numbers.tolist(), ends, strict=True)
+        }
+        # All groups with the most places, and how many those are; no group if it has to be found out again.
+        self._largest: list[int] = []
+        self._most = 0
+
+    def count(self, group: int) -> int:
+        """Return how many places a group has."""
+        return len(self._places.get(group, ()))
+
+    def most(self) -> int:
+        """Return how many places a largest group has."""
+        if not self._largest:
+            self._most = max(map(len, self._places.values()))
+            self._largest = [group for group, places in self._places.items() if len(places) == self._most]
+        return self._most
+
+    def add(self, group: int, place: int) -> None:
+        """Give a new place to a group."""
+        self._places.setdefault(group, []).append(place)
+        self._largest = []
+
+    def any_of(self, group: int, where: float) -> int:
+        """Return a place of a group, chosen by a number in [0, 1)."""
+        return self._places[group][int(where * self.count(group))]
+
+    def take_over(self, group: int, where: float) -> int:
+        """Give a smaller group a place of any of the largest, chosen by a number in [0, 1), and return it."""
+        most = self.most()
+        which, row = divmod(int(where * most * len(self._largest)), most)
+        place = _remove(self._places[_remove(self._largest, which)], row)
+        own = self._places.setdefault(group, [])
+        own.append(place)
+        if len(own) == most:
+            self._largest.append(group)
+        return place
+
+
+def _remove(items: list[int], index: int) -> int:
+    """Take an item out of a list without moving the others: the last one goes to its place."""
+    items[index], items[-1] = items[-1], items[index]
+    return items.pop()
 
 
 def draw_evenly(kept: int, count: int, generator: Generator) -> list[int]:
@@ -147,10 +198,9 @@ def draw_by_group(groups: Tensor, shares: Mapping[int, float], count: int, gener
     Returns:
         The places; none if no sample has a share.
     """
-    weights = torch.zeros(len(groups), dtype=torch.float64)
-    for group, share in shares.items():
-        members = groups == group
-        weights[members] = share / max(1, int(members.sum()))
+    names, which, numbers = torch.unique(groups, return_inverse=True, return_counts=True)
+    shared = torch.tensor([shares.get(group, 0.0) for group in names.tolist()], dtype=torch.float64)
+    weights = (shared / numbers)[which]
     if count == 0 or not bool(weights.sum() > 0):
         return []
     return torch.multinomial(weights, count, replacement=True, generator=generator).tolist()
@@ -170,9 +220,3 @@ def power_law(task: int, others: Iterable[int], exponent: float) -> dict[int, fl
     weights = {other: (age / latest) ** -exponent for other, age in ages.items()}
     total = sum(weights.values())
     return {other: weight / total for other, weight in weights.items()}
-
-
-def _count(groups: Tensor) -> dict[int, int]:
-    """Return how many samples each group has."""
-    names, numbers = torch.unique(groups, return_counts=True)
-    return dict(zip(names.tolist(), numbers.tolist(), strict=True))

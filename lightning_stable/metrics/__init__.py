@@ -43,3 +43,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(continual, name)
     raise AttributeError(f"module 'lightning_stable.metrics' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the lazy names too, so that completion finds them."""
+    return sorted({*globals(), *__all__})

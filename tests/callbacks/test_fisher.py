@@ -180,6 +180,65 @@ def test_under_other_precisions(precision: str, dtype: torch.dtype) -> None:
         assert float((value - full.found[name]).norm()) <= 0.1 * float(full.found[name].norm()) + 1e-6
 
 
+class Reads(LightningModule):
+    """Reads a sample's features one by one; knows in which mode its parts ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.reader = nn.LSTM(1, 5, num_layers=2, dropout=0.5, batch_first=True)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(5, 1)
+        self.modes: list[tuple[bool, bool, float]] = []
+
+    def loss(self, batch: Batch) -> Tensor:
+        self.modes.append((self.training, self.reader.training, self.reader.dropout))
+        return nn.functional.mse_loss(self.head(self.drop(self.reader(batch[0][..., None])[0][:, -1])), batch[1])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_recurrent_parts_can_go_backward_and_drop_nothing() -> None:
+    """On an accelerator they refuse the backward pass in evaluation mode."""
+    takes, module = Takes(), Reads()
+    fit([takes], module=module, max_steps=4)
+    assert module.modes == [(True, True, 0.5)] * 3 + [(False, True, 0.0)] * 8 + [(True, True, 0.5)]
+    assert (module.reader.training, module.reader.dropout) == (True, 0.5)
+    other = Reads()
+    other.load_state_dict(takes.state)
+    other.eval()
+    total: dict[str, Any] = dict.fromkeys(takes.state, 0.0)
+    for one in samples([Stream().batch(3)]):
+        other.zero_grad()
+        other.loss(one).backward()
+        for name, value in other.named_parameters():
+            total[name] = total[name] + value.grad.square() / 8
+    assert_same(takes.found, total, "against a loop in evaluation mode", tolerance=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode at the start of training")
+def test_recurrent_parts_are_themselves_again_after_a_failure() -> None:
+    module = Reads()
+    module.reader.eval()
+
+    class Fails(Takes):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            pl_module.head.register_forward_pre_hook(self.fail)
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+        def fail(self, *_: Any) -> None:
+            raise RuntimeError("deliberate")
+
+    with pytest.raises(RuntimeError, match="deliberate"):
+        fit([Fails(at=0)], module=module, max_steps=1)
+    assert module.modes == [(False, True, 0.0)]
+    assert (module.reader.training, module.reader.dropout) == (False, 0.5)
+
+
 def test_the_loss_is_the_modules_own() -> None:
     """Other callbacks' terms and second passes have no part in it."""
     plain, takes = Takes(), Takes()

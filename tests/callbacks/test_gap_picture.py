@@ -49,17 +49,19 @@ def texts(axis):
 
 def test_a_gap_goes_from_the_switch_to_the_recovery():
     scores = {0: 0.2, 4: 1.0, 5: 0.4, 6: 0.2, 7: 0.9, 8: 0.93, 9: 0.5, 10: 0.96}
-    (gap, _) = find_gaps([*scores.items(), (11, 0.9)], 0, SWITCHES)
+    (gap, _) = find_gaps([*scores.items(), (11, 0.9)], 0, SWITCHES, 0.9)
     assert (gap.start, gap.reference) == (4, 1.0)
     assert gap.lowest == (6, 0.2)
     assert gap.depth == pytest.approx(0.8)
     assert gap.end == 8, "0.2 + 0.9 * 0.8 is 0.92"
     assert gap.points == [(4, 1.0), (5, 0.4), (6, 0.2), (7, 0.9), (8, 0.93)]
+    (gap, _) = find_gaps([*scores.items(), (11, 0.9)], 0, SWITCHES, 0.5)
+    assert gap.end == 7, "0.2 + 0.5 * 0.8 is 0.6"
 
 
 def test_a_gap_that_stays_open_ends_with_the_next_switch():
     points = [(4, 1.0), (5, 0.5), (10, 0.6), (11, 1.0)]
-    first, second = find_gaps(points, 0, SWITCHES)
+    first, second = find_gaps(points, 0, SWITCHES, 0.9)
     assert first.end is None
     assert first.points[-1] == (10, 0.6)
     assert (second.start, second.reference, second.depth) == (10, 0.6, 0.0)
@@ -67,27 +69,27 @@ def test_a_gap_that_stays_open_ends_with_the_next_switch():
 
 def test_only_past_tasks_have_gaps():
     points = [(4, 0.1), (5, 0.0), (10, 0.9), (11, 0.5)]
-    (gap,) = find_gaps(points, 1, SWITCHES)
+    (gap,) = find_gaps(points, 1, SWITCHES, 0.9)
     assert gap.start == 10
-    assert not find_gaps(points, 2, SWITCHES)
+    assert not find_gaps(points, 2, SWITCHES, 0.9)
 
 
 def test_a_task_that_comes_back_has_no_gap_while_it_is_learned():
     switches = [*SWITCHES, {"task": 0, "step": 14}]
     points = [(step, 1.0 if step % 2 else 0.5) for step in range(20)]
-    assert [gap.start for gap in find_gaps(points, 0, switches)] == [4, 10]
-    assert [gap.start for gap in find_gaps(points, 1, switches)] == [10, 14]
+    assert [gap.start for gap in find_gaps(points, 0, switches, 0.9)] == [4, 10]
+    assert [gap.start for gap in find_gaps(points, 1, switches, 0.9)] == [10, 14]
 
 
 def test_where_lower_is_better_a_gap_is_a_rise():
-    (gap, _) = find_gaps([(4, 0.5), (5, 2.5), (6, 0.75), (7, 0.7), (11, 1.0)], 0, SWITCHES, sign=-1)
+    (gap, _) = find_gaps([(4, 0.5), (5, 2.5), (6, 0.75), (7, 0.7), (11, 1.0)], 0, SWITCHES, 0.9, sign=-1)
     assert gap.lowest == (5, 2.5)
     assert gap.depth == 2.0
     assert gap.end == 7
 
 
 def test_the_first_evaluation_of_the_task_at_its_switch_counts():
-    (gap,) = find_gaps([(3, 0.9), (4, 0.95), (4, 1.0), (5, 0.5)], 0, SWITCHES[:2])
+    (gap,) = find_gaps([(3, 0.9), (4, 0.95), (4, 1.0), (5, 0.5)], 0, SWITCHES[:2], 0.9)
     assert gap.reference == 1.0
 
 
@@ -138,6 +140,11 @@ def test_switches_gaps_and_minima_are_marked(drawn):
     assert {"25", "75"} <= set(texts(first))
     assert not marks(second)
     assert len(first.collections) == 2, "a shade for each weight set"
+    live, ema = first.collections
+    assert (live.get_hatch(), ema.get_hatch()) == (None, "/////"), "what lies on each other can be told apart"
+    assert to_hex(live.get_facecolor()[0]) == LIVE
+    assert to_hex(ema.get_edgecolor()[0]) == EMA
+    assert len(ema.get_facecolor()) == 0
     assert first.collections[0].get_datalim(first.transData).bounds == pytest.approx((4, 25, 4, 75))
 
 
@@ -148,10 +155,12 @@ def test_the_legend_says_everything_once_and_the_title_where(drawn):
         "live weights",
         "EMA weights",
         "task is learned",
-        "gap",
+        "gap, live",
+        "gap, EMA",
         "lowest since the switch",
     ]
-    assert legend.get_title().get_text() == "Stability gap gap/version_3"
+    assert [patch.get_hatch() for patch in legend.get_patches()] == [None, None, "/////"]
+    assert legend.get_title().get_text() == "Stability gap: gap/version_3"
     assert figure.get_supylabel() == "accuracy, %"
     assert drawn(make_record(), title="mine").legends[0].get_title().get_text() == "mine"
     assert figure.dpi == 150
@@ -163,7 +172,69 @@ def test_one_weight_set_is_drawn_bold_and_alone(drawn):
     figure = drawn(record)
     assert len(figure.axes) == 2
     assert curves(figure.axes[0], LIVE)[0].get_linewidth() > 1.5
-    assert "EMA weights" not in [text.get_text() for text in figure.legends[0].get_texts()]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["live weights", "task is learned", "gap", "lowest since the switch"]
+
+
+def only(scores, task=0, **changes):
+    """A record of one task that is scored at steps 0, 1, 2, ..., and another one that begins at step 4."""
+    series = {"live": [{"task": task, "steps": list(range(len(scores))), "scores": scores}]}
+    return make_record(series=series, gradients=None, **changes)
+
+
+def test_what_never_falls_below_the_switch_has_no_mark(drawn):
+    (axis,) = drawn(only([0.1, 0.3, 0.4, 0.5, 0.5, 0.7, 0.8, 0.9, 1.0])).axes
+    assert not axis.collections
+    assert not marks(axis)
+    assert texts(axis) == ["task 0", "task 1"]
+
+
+def test_a_fall_that_is_smaller_than_a_mark_has_none(drawn):
+    (axis,) = drawn(only([0.0, 0.5, 0.9, 1.0, 1.0, 0.97, 1.0, 1.0, 1.0])).axes
+    assert len(axis.collections) == 1
+    assert not marks(axis)
+
+
+def test_the_axis_does_not_go_below_zero_without_need(drawn):
+    assert drawn(make_record()).axes[0].get_ylim()[0] == 0
+    assert drawn(only([0.5, 0.7, 0.9, 0.9, 0.9, 0.8, 0.9, 0.9, 0.9])).axes[0].get_ylim()[0] > 30
+    below = only([-0.5, 0.7, 0.9, 0.9, 0.9, 0.8, 0.9, 0.9, 0.9], score="margin")
+    assert drawn(below).axes[0].get_ylim()[0] < -0.5
+
+
+def test_a_number_at_the_bottom_stands_beside_its_mark_and_in_the_panel(drawn):
+    figure = drawn(only([0.5, 0.7, 1.0, 1.0, 1.0, 0.5, 0.0, 0.5, 1.0]))
+    (axis,) = figure.axes
+    (number,) = [text for text in axis.texts if text.get_text() == "0"]
+    assert (number.get_ha(), number.get_va()) == ("left", "bottom")
+    box, panel = number.get_window_extent(), axis.get_window_extent()
+    assert panel.y0 - 1 < box.y0 < box.y1 < panel.y1
+
+
+@pytest.mark.parametrize(("low", "side"), [(401, "left"), (799, "right"), (600, "center"), (1200, "right")])
+def test_a_number_does_not_stand_on_a_switch(low, side, drawn):
+    scores = [0.5 if step == low else 1.0 for step in range(1201)]
+    scores[0] = 0.0
+    switches = [{"task": 0, "step": 0}, {"task": 1, "step": 400}, {"task": 1, "step": 800}]
+    (axis,) = drawn(only(scores, switches=switches)).axes
+    (number,) = [text for text in axis.texts if text.get_text() == "50"]
+    assert number.get_ha() == side
+
+
+def test_one_weight_set_of_a_task_looks_as_the_legend_says(drawn):
+    record = make_record(gradients=None)
+    record["series"]["live"] = record["series"]["live"][1:]
+    first = drawn(record).axes[0]
+    assert [shade.get_hatch() for shade in first.collections] == ["/////"]
+
+
+def test_the_share_of_the_recovery_is_that_of_the_record(drawn):
+    scores = [0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.6, 1.0, 1.0]
+    widths = []
+    for share in ({}, {"recovery_share": 0.5}):
+        axis = drawn(only(scores, **share)).axes[0]
+        widths.append(axis.collections[0].get_datalim(axis.transData).width)
+    assert widths == pytest.approx([3, 2])
 
 
 def test_a_loss_is_drawn_the_other_way_up(drawn):

@@ -10,7 +10,7 @@ import pytest
 from gap_records import make_record
 
 from lightning_stable.callbacks import _gap_record
-from lightning_stable.callbacks._gap_record import FILE_NAME, read_record, summary_table, write_record
+from lightning_stable.callbacks._gap_record import FILE_NAME, read_record, recovery_share, summary_table, write_record
 
 
 def test_what_was_written_is_read(tmp_path):
@@ -28,6 +28,12 @@ def test_a_record_without_gradients_is_whole(tmp_path):
     del record["gradients"]
     write_record(record, tmp_path / FILE_NAME)
     assert read_record(tmp_path / FILE_NAME) == record
+
+
+def test_the_share_of_a_recovery_is_nine_tenths_where_the_file_is_silent(tmp_path):
+    assert recovery_share(make_record()) == 0.9
+    write_record(make_record(recovery_share=0.5), tmp_path / FILE_NAME)
+    assert recovery_share(read_record(tmp_path / FILE_NAME)) == 0.5
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -87,6 +93,9 @@ def live(record):
         (lambda r: r.update(format="one"), "'format'", "'one', not a number"),
         (lambda r: r.update(score=3), "'score'", "is 3, not a text"),
         (lambda r: r.update(higher_is_better=1), "'higher_is_better'", "not true or false"),
+        (lambda r: r.update(recovery_share=0), "'recovery_share'", "is 0, not a share above 0 and up to 1"),
+        (lambda r: r.update(recovery_share=None), "'recovery_share'", "is None, not a share"),
+        (lambda r: r.update(recovery_share="all"), "'recovery_share'", "is 'all', not a number"),
         (lambda r: r.update(every_n_steps=0), "'every_n_steps'", "is 0, below 1"),
         (lambda r: r.update(every_n_steps=True), "'every_n_steps'", "not a whole number"),
         (lambda r: r.update(windows=10), "'windows'", "is 10, not a list"),

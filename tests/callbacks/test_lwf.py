@@ -143,7 +143,7 @@ def test_one_fit_for_each_task_is_one_fit_with_steps() -> None:
     single, several = lwf(), lwf(task_steps=None)
     expected, found = one_fit(single), a_fit_for_each_task(several)
     assert_same(weights(found.module), weights(expected.module), "weights")
-    for key in ("teacher", "past", "outputs"):
+    for key in ("teacher", "past", "outputs", "heads"):
         assert_same(several.state_dict()[key], single.state_dict()[key], key)
     assert single.state_dict()["past"] == [0, 1]
 
@@ -274,6 +274,45 @@ def test_a_head_that_grows_between_fits_is_compared_in_the_old_classes() -> None
     run = fit([plugin], module=module, train=loader(9, 14), max_epochs=1)
     assert plugin.state_dict()["outputs"] == [7, 5]
     assert any("lwf_loss" in entry for _, entry in run.logged)
+
+
+class OneHeadForEachTask(NetWith):
+    """Trains another head in each fit."""
+
+    def __init__(self) -> None:
+        super().__init__(sgd, norm=False)
+        self.heads = nn.ModuleList([self.head, nn.Linear(8, 3)])
+        del self.head
+        self.present = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads[self.present](self.body(x)).sum(1, keepdim=True)
+
+
+def test_refuses_a_head_that_no_task_has_trained() -> None:
+    plugin, module = lwf(task_steps=None, logits=None), OneHeadForEachTask()
+    fit([plugin], module=module, train=loader(0, 5), max_epochs=1)
+    module.present = 1
+    with pytest.raises(ValueError, match=r"LwF: the logits are the output of 'heads.1' now, .* 'heads.0' in the last"):
+        fit([plugin], module=module, train=loader(5, 9), max_epochs=1)
+
+
+def test_a_checkpoint_knows_the_head_of_the_last_task(tmp_path: Path) -> None:
+    plugin, module, path = lwf(task_steps=None, logits=None), OneHeadForEachTask(), str(tmp_path / "end.ckpt")
+    fit([plugin], module=module, train=loader(0, 5), max_epochs=1).trainer.save_checkpoint(path)
+    resumed, other = lwf(task_steps=None, logits=None), OneHeadForEachTask()
+    other.present = 1
+    resumed_fit = {"module": other, "train": loader(5, 9), "max_epochs": 2, "ckpt_path": path}
+    with pytest.raises(ValueError, match=r"'heads.0' in the last"):
+        fit([resumed, StartsTask(resumed)], **resumed_fit)
+
+
+class StartsTask(Callback):
+    def __init__(self, plugin: LwF) -> None:
+        self.plugin = plugin
+
+    def on_train_start(self, *_: Any) -> None:
+        self.plugin.start_task(1)
 
 
 def test_refuses_a_head_that_is_replaced_within_a_task() -> None:

@@ -7,46 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import DictNet, Net, Run, SaveAt, Stream, assert_same, fit
+from contract.harness import DictNet, Net, SaveAt, Stream, assert_same, fit
 from contract.streams import BATCH_SIZE
-from contract.workers import Pair
 from lightning.pytorch import Callback
-from oracles.replay_twin import Labelled, SharedReplay, labelled
+from oracles.replay_twin import Labelled, labelled
+from replays import Calm, kept, numbered, rows, small, weights
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_stable.callbacks.mesa import MESA
-from lightning_stable.callbacks.replay import Replay
 from lightning_stable.callbacks.sam import SAM
 from lightning_stable.functional.replay import draw_evenly, reservoir_places
-
-
-def small(**settings: Any) -> Replay:
-    return Replay(**{"capacity": 12, "batch_size": 4, "weight": 0.4, **settings})
-
-
-def rows(batch: Any) -> list[float]:
-    """Return what tells the samples of a batch apart."""
-    return [float(value) for value in batch[0][:, 0]]
-
-
-def kept(replay: Replay) -> list[float]:
-    return rows(replay.state_dict()["memory"]["samples"]["rows"])
-
-
-def numbered(samples: int = 24, batch: int = 4) -> DataLoader:
-    """Samples that are their own number, unscaled gradients aside."""
-    numbers = torch.arange(float(samples))[:, None]
-    return DataLoader(TensorDataset(numbers.expand(-1, 6), numbers / samples), batch_size=batch)
-
-
-class Calm(Labelled):
-    """Does not learn, so that large inputs do no harm."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(rates=(0.0, 0.0), **settings)
-
 
 # ---------------------------------------------------------------------------------------------------- what and when
 
@@ -126,7 +97,7 @@ def test_the_weight_one_keeps_nothing() -> None:
     replay, module = small(weight=1), Calm()
     fit([replay], module=module, train=numbered(), max_epochs=1)
     assert len(module.notes) == 6
-    assert replay.state_dict()["memory"]["samples"] == {"rows": []}
+    assert replay.state_dict()["memory"]["samples"] == {"rows": [], "paths": []}
 
 
 class Skips(Calm):
@@ -274,10 +245,6 @@ def test_sam_with_a_small_radius_is_training_without_it() -> None:
         assert_same(weights(found), weights(expected), "weights", tolerance=1e-5)
 
 
-def weights(run: Run) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in run.module.named_parameters()}
-
-
 def mesa() -> MESA:
     return MESA(lam=2.0, temperature=2.0, start_epoch=0, decay=0.5)
 
@@ -325,126 +292,6 @@ def test_an_optimizer_that_evaluates_several_times_sees_one_loss() -> None:
     fit([small()], module=module, max_steps=3)
     second = [*map(rows, module.notes)][3:9]
     assert second == second[:2] * 3
-
-
-# ---------------------------------------------------------------------------------------------------- two processes
-
-
-def test_two_processes_keep_classes_as_one_does(workers: Pair) -> None:
-    settings = {"capacity": 12, "batch_size": 4, "weight": 0.4}
-    first, second = workers.run("oracles.replay_twin:balanced_job", **settings)
-    for key in ("weights", "plugins"):
-        assert_same(second[key], first[key], f"{key} of rank 1 against rank 0")
-    module = Labelled(norm=False)
-    twin = SharedReplay(policy="class_balanced", labels="2", **settings)
-    run = fit([twin], module=module, train=labelled(), max_steps=14)
-    assert_same(first["plugins"], run.snapshot()["plugins"], "two processes against one")
-    assert_same(first["weights"], run.snapshot()["weights"], "two processes against one", tolerance=2e-4)
-    # Each takes every other one of a draw.
-    drawn = [rows(batch) for batch in module.notes[2::2]]
-    assert [rows(batch) for batch in first["notes"][2::2]] == [batch[::2] for batch in drawn]
-    assert [rows(batch) for batch in second["notes"][2::2]] == [batch[1::2] for batch in drawn]
-
-
-@pytest.mark.parametrize("batch_size", [None, 2])
-def test_processes_may_have_batches_of_different_size(batch_size: int | None, workers: Pair) -> None:
-    job = {"rows": [3, 1], "capacity": 100, "batch_size": batch_size}
-    first, second = workers.run("oracles.replay_twin:uneven_job", **job)
-    assert_same(second["plugins"], first["plugins"], "rank 1 against rank 0")
-    samples = first["plugins"][0]["memory"]["samples"]["rows"][1].flatten().tolist()
-    assert samples == [0, 1, 2, 1000, 3, 4, 5, 1001, 6, 7, 8, 1002, 9, 10, 11, 1003]
-    assert [len(batch[0]) for batch in first["notes"][2::2]] == [2, 2, 2]
-    assert [len(batch[0]) for batch in second["notes"][2::2]] == [2, 2, 2]
-
-
-def test_processes_with_samples_of_different_shape_all_say_so(workers: Pair) -> None:
-    for answer in workers.run("oracles.replay_twin:uneven_job", rows=[3, 3], width=9):
-        assert "the processes have samples that look different" in answer.get("error", "")
-
-
-# ---------------------------------------------------------------------------------------------------- what is refused
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"capacity": 0}, "capacity=0 "),
-        ({"policy": "ring"}, "policy='ring' is unknown. Choose one of 'reservoir', 'class_balanced', 'power_law'"),
-        ({"batch_size": 0}, "batch_size=0 "),
-        ({"weight": 0.0}, r"weight=0.0 is not in \(0, 1\]"),
-        ({"weight": 1.1}, "weight=1.1 "),
-        ({"weight": float("nan")}, "weight=nan "),
-        ({"weight": True}, "weight=True "),
-        ({"exponent": -1.0}, "exponent=-1.0 "),
-        ({"labels": "y"}, "labels='y' has no meaning for policy='reservoir'"),
-        ({"seed": -1}, "seed=-1 "),
-        ({"task_steps": [3, 2]}, r"Replay: task_steps=\[3, 2\]"),
-    ],
-)
-def test_refuses_settings(settings: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        Replay(**settings)
-
-
-def test_refuses_less_room_than_classes() -> None:
-    replay = small(policy="class_balanced", labels="2", capacity=3)
-    with pytest.raises(ValueError, match="Replay: capacity=3 is less than the 4 classes that came so far"):
-        fit([replay], module=Labelled(), train=labelled(), max_epochs=1)
-    with pytest.raises(ValueError, match="Replay: capacity=1 is less than the 2 tasks that came so far"):
-        fit([small(policy="power_law", capacity=1, task_steps=[2])], max_steps=3)
-
-
-def test_refuses_labels_that_are_no_classes() -> None:
-    with pytest.raises(ValueError, match=r"one class for each sample, as whole numbers of shape \(8,\), and found "):
-        fit([small(policy="class_balanced")], max_steps=2)
-    with pytest.raises(ValueError, match="looks for the labels of the batch at labels='2'"):
-        fit([small(policy="class_balanced", labels="2")], max_steps=2)
-
-
-class Ragged(Calm):
-    """Its batches have another width from step 3 on."""
-
-    def loss(self, batch: Any) -> Tensor:
-        return super().loss((batch[0][:, :6], batch[1]))
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        x, y = batch
-        return (torch.cat([x, x[:, :1]], 1) if self.trainer.global_step >= 3 else x), y
-
-
-def test_refuses_samples_of_changing_shape() -> None:
-    with pytest.raises(ValueError, match=r"Replay keeps samples .* \(6,\) float32, .*this batch of \(7,\).*Pad"):
-        fit([small()], module=Ragged(), train=numbered(), max_epochs=1)
-
-
-class Scalar(Calm):
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch[0], batch[1], torch.tensor(1.0)
-
-
-def test_refuses_a_batch_without_samples_to_tell_apart() -> None:
-    with pytest.raises(ValueError, match="Replay takes batches apart into samples, along a first dimension"):
-        fit([small()], module=Scalar(), train=numbered(), max_epochs=1)
-
-
-class TakesAnIterator(Net):
-    def training_step(self, dataloader_iter: Any) -> Any:
-        return self.loss(next(dataloader_iter)[0])
-
-
-@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
-def test_refuses_a_training_step_that_takes_an_iterator() -> None:
-    with pytest.raises(ValueError, match="Replay runs batches a second time, and TakesAnIterator"):
-        fit([small()], module=TakesAnIterator(), max_steps=2)
-
-
-def test_refuses_to_resume_with_other_settings(tmp_path: Any) -> None:
-    path = str(tmp_path / "saved.ckpt")
-    fit([small(), SaveAt(3, path)], max_steps=3)
-    with pytest.raises(ValueError, match=r"The checkpoint's Replay has capacity=12 \(13 here\)"):
-        fit([small(capacity=13)], max_steps=5, ckpt_path=path)
-    with pytest.raises(ValueError, match=r"has policy='reservoir' \('power_law' here\)"):
-        fit([small(policy="power_law")], max_steps=5, ckpt_path=path)
 
 
 # ---------------------------------------------------------------------------------------------------- the object

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from contract.harness import Net, fit
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 from transformers.modeling_outputs import ModelOutput
 
-from lightning_stable.callbacks._samples import SampleStore, count_samples, find_labels, take_samples
+from lightning_stable.callbacks._samples import SampleStore, count_samples, find_labels, rebuild, take_samples
+from lightning_stable.callbacks.ewc import EWC
+from lightning_stable.callbacks.replay import Replay
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -149,12 +153,106 @@ def test_state_goes_over() -> None:
 def test_samples_have_to_look_alike() -> None:
     store = SampleStore(5, "Owner")
     store.put((torch.zeros(2, 7), torch.zeros(2)), [0], [0])
-    for other in [(torch.zeros(2, 9), torch.zeros(2)), (torch.zeros(2, 7).half(), torch.zeros(2)), torch.zeros(2, 7)]:
-        says = r"Owner keeps .* \(7,\) float32, \(\) float32, this batch of .*Pad"
+    shapes = r"\(7,\) float32, \(\) float32, this batch of .*Pad"
+    paths = r"tensors at \[0\], \[1\], this batch at {}\. Let the loader return the same entries"
+    for other, what in [
+        ((torch.zeros(2, 9), torch.zeros(2)), shapes),
+        ((torch.zeros(2, 7).half(), torch.zeros(2)), shapes),
+        (torch.zeros(2, 7), paths.format("the top")),
+        ((torch.zeros(2, 7),), paths.format(r"\[0\]")),
+        ({"x": torch.zeros(2, 7), "y": torch.zeros(2)}, paths.format(r"\['x'\], \['y'\]")),
+    ]:
+        says = f"Owner keeps .* {what}"
         with pytest.raises(ValueError, match=says):
             store.put(other, [0], [1])
         with pytest.raises(ValueError, match=says):
             store.batch([0], other)
+
+
+def test_the_order_of_keys_makes_no_difference() -> None:
+    """Two entries of one shape would be taken for each other."""
+    store, x = SampleStore(9, "Owner"), torch.arange(4)
+    store.put({"ids": x, "labels": x + 10}, [0, 1], [0, 1])
+    store.put({"labels": x + 12, "ids": x + 2}, [0, 1], [2, 3])
+    for like in ({"ids": x, "labels": x}, {"labels": x, "ids": x}):
+        found = store.batch([0, 1, 2, 3], like)
+        assert list(found) == list(like)
+        assert (found["ids"].tolist(), found["labels"].tolist()) == ([0, 1, 2, 3], [10, 11, 12, 13])
+        again = SampleStore(9, "Owner")
+        again.load_state_dict(store.state_dict())
+        assert torch.equal(again.batch([3], like)["labels"], torch.tensor([13]))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda x: {"ids": x, "mask": x}, lambda x: {"ids": x, "labels": (x,)}, lambda x: (x, x), lambda x: Pair(x, x)],
+    ids=["another key", "deeper", "a tuple", "a named tuple"],
+)
+def test_entries_of_other_names_are_no_samples_of_the_same_kind(other: Any) -> None:
+    store, x = SampleStore(9, "Owner"), torch.arange(4)
+    store.put({"ids": x, "labels": x}, [0], [0])
+    with pytest.raises(ValueError, match=r"have tensors at \['ids'\], \['labels'\], this batch at .* same entries"):
+        store.put(other(x), [1], [1])
+    with pytest.raises(ValueError, match="same entries"):
+        store.batch([0], other(x))
+
+
+def test_containers_are_built_anew_and_tensors_are_not_copied() -> None:
+    for make in STRUCTURES.values():
+        batch = make(*numbers())
+        again = rebuild(batch)
+        assert type(again) is type(batch)
+        assert isinstance(batch, Tensor) or again is not batch
+        assert all(one is other for one, other in zip(flat(again), flat(batch), strict=True))
+    inner = {"deep": numbers()[1]}
+    again = rebuild([inner])
+    inner.pop("deep")
+    assert list(again[0]) == ["deep"]
+
+
+class Lists(Net):
+    """Has batches with a list of images, each of 3 rows."""
+
+    def loss(self, batch: Any) -> Tensor:
+        images = batch["images"] if isinstance(batch, dict) else batch
+        return self.head(self.body(torch.stack(list(images)).flatten(0, 1))).square().mean()
+
+
+IMAGES = [torch.full((3, 6), float(number)) for number in range(18)]
+
+
+def listed(collate: Any, batch: int = 8) -> DataLoader:
+    return DataLoader(IMAGES, batch_size=batch, collate_fn=collate)
+
+
+@pytest.mark.parametrize("collate", [list, tuple, lambda images: {"images": images}])
+@pytest.mark.parametrize("owner", [Replay(capacity=4), EWC(samples=4)], ids=["Replay", "EWC"])
+def test_a_list_with_a_tensor_for_each_sample_is_not_cut_along_another_dimension(owner: Any, collate: Any) -> None:
+    says = f"{type(owner).__name__} takes .* a list of 8 tensors, as many as batch_size of its loader, .* 3 rows each"
+    with pytest.raises(ValueError, match=says):
+        fit([owner], module=Lists(), train=listed(collate), max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("collate", "batch"), [(torch.stack, 8), (None, 8), (lambda images: [torch.stack(images)] * 3, 3)]
+)
+def test_what_is_stacked_is_taken(collate: Any, batch: int) -> None:
+    """Three columns of three samples each as well; the last batch of two of them is smaller than their number."""
+    images = [image[0] for image in IMAGES[:17]]
+
+    class Stacked(Lists):
+        def loss(self, batch: Any) -> Tensor:
+            batch = batch[0] if isinstance(batch, (list, tuple)) else batch
+            return self.head(self.body(batch)).square().mean()
+
+    replay = Replay(capacity=40)
+    fit(
+        [replay],
+        module=Stacked(norm=False),
+        train=DataLoader(images, batch_size=batch, collate_fn=collate),
+        max_epochs=1,
+    )
+    assert len(replay.state_dict()["memory"]["samples"]["rows"][0]) == 17
 
 
 def test_labels_are_found() -> None:

@@ -157,7 +157,7 @@ def test_the_logits_of_a_named_submodule_are_those_of_the_validation_step() -> N
     run(plain)
     run(named, module=Unusual())
     assert curve(named, 0) == curve(plain, 0)
-    with pytest.raises(ValueError, match=r"forward could not be called.*logits='head'"):
+    with pytest.raises(ValueError, match=r"forward could not be called.*argument logits.*Candidates: .*'head'"):
         run(StabilityGap(tasks), module=Unusual())
 
 
@@ -309,7 +309,7 @@ def test_a_subset_is_chosen_once_and_says_if_it_is_all(caplog: pytest.LogCapture
     assert "fewer than subset" not in caplog.text
     with caplog.at_level(logging.INFO):
         run(StabilityGap(loaders(1, count=40), subset=50))
-    assert caplog.text.count("has 40 samples, fewer than subset=50: all are used") == 1
+    assert caplog.text.count("have 40 samples, fewer than subset=50: all are used") == 1
 
 
 def test_samplers_that_choose_and_streams_are_respected() -> None:
@@ -408,11 +408,24 @@ def test_a_score_that_is_no_number_is_said_once() -> None:
         run(StabilityGap(loaders(1), score=never, higher_is_better=True, strict=True))
 
 
+def test_a_task_without_a_loader_is_said_at_once_where_it_is_known() -> None:
+    with pytest.raises(ValueError, match="there are 2 tasks, and loaders for 1 of them"):
+        run(StabilityGap(loaders(1), task_steps=[3]))
+
+
 def test_a_task_without_a_loader_in_the_middle_is_said_and_left_out() -> None:
-    gap = StabilityGap(loaders(1), task_steps=[3])
-    with pytest.warns(RuntimeWarning, match="task 1 has no samples to evaluate on: loaders has 1 loader"):
-        run(gap)
+    gap = StabilityGap(loaders(1))
+
+    class Ask(Callback):
+        @override
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                gap.start_task(1)
+
+    with pytest.warns(RuntimeWarning, match="task 1 has no samples to evaluate on: of loaders there are 1"):
+        run(gap, Ask())
     assert sorted(curve(gap, 0)) == list(range(9))
+    assert gap.record()["summary"]["live"][0]["task"] == 0
 
 
 # ---------------------------------------------------------------------------------------------------- what is written

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Net, Stream, fit
+from contract.harness import Net, SaveAt, Stream, fit
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from typing_extensions import override
 
@@ -156,3 +156,113 @@ def test_a_resumed_fit_stays_in_its_task(tmp_path: Any) -> None:
     assert again.tasks == [1, 1]
     fit([again], module=other, max_steps=1)
     assert again.tasks == [1, 1, 2]
+
+
+class Late(Watch):
+    """Reads its state later than the others do."""
+
+    def __init__(self, task_steps: list[int] | None = None, name: str = "Late") -> None:
+        super().__init__(task_steps, name)
+        self.read: dict[str, Any] | None = None
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.read = state_dict
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.read is not None:
+            self.task_clock.load_state_dict(self.read)
+
+
+class AskThem(Callback):
+    """Asks for tasks at the ends of steps, each of one callback."""
+
+    def __init__(self, asked: dict[int, tuple[Watch, int]]) -> None:
+        self.asked = asked
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step in self.asked:
+            watch, task = self.asked[trainer.global_step]
+            watch.task_clock.ask(task)
+
+
+@pytest.mark.parametrize("last", ["early", "late"])
+def test_what_was_asked_last_stays_the_last_after_a_resume(last: str, tmp_path: Any) -> None:
+    path = str(tmp_path / "saved.ckpt")
+
+    def watches() -> dict[str, Watch]:
+        return {"late": Late(name="late"), "early": Watch(name="early")}
+
+    straight = watches()
+    first = "late" if last == "early" else "early"
+    asked = {2: (straight[first], 1), 4: (straight[last], 2)}
+    fit([*straight.values(), AskThem(asked), SaveAt(6, path)], max_steps=9)
+    assert straight["early"].tasks == straight["late"].tasks == [0, 0, 1, 1, 2, 2, 2, 2, 2]
+    again = watches()
+    fit([*again.values(), AskThem({7: (again[first], 5)})], max_steps=9, ckpt_path=path)
+    assert again["early"].tasks == again["late"].tasks == [2, 5, 5]
+
+
+def test_a_resumed_run_saves_what_the_run_does_that_it_goes_on_from(tmp_path: Any) -> None:
+    """Whatever was asked before in this process."""
+    path, runs = str(tmp_path / "saved.ckpt"), []
+    for ckpt_path in (None, path):
+        one, other = Watch(name="one"), Watch(name="other")
+        asks = AskThem({2: (one, 1), 5: (other, 3)})
+        fit([one, other, asks, SaveAt(3, path)], max_steps=7, ckpt_path=ckpt_path)
+        runs.append([one.state_dict(), other.state_dict()])
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_was_asked_before_a_resume_wins_over_what_the_checkpoint_asked(which: int, tmp_path: Any) -> None:
+    path, run = str(tmp_path / "saved.ckpt"), [Watch(name="one"), Late(name="other")]
+    asks = AskThem({1: (run[1], 7), 2: (run[0], 1), 3: (run[1], 2)})
+    fit([*run, asks, SaveAt(4, path)], max_steps=4)
+    for again in ([Watch(name="one"), Late(name="other")], run):
+        again[which].task_clock.ask(3)
+        before = len(again[0].tasks)
+        fit(list(again), max_steps=6, ckpt_path=path)
+        assert [watch.tasks[before:] for watch in again] == [[3, 3], [3, 3]]
+        assert all(watch.switches[-1] == (4, 2, 3) for watch in again)
+
+
+def test_what_was_asked_after_a_fit_is_in_a_checkpoint_that_is_saved_then(tmp_path: Any) -> None:
+    path, run = str(tmp_path / "saved.ckpt"), [Watch(name="one"), Watch(name="other")]
+    done = fit([*run, AskThem({2: (run[1], 1)})], max_steps=3)
+    run[1].task_clock.ask(5)
+    run[0].task_clock.ask(4)
+    done.trainer.save_checkpoint(path)
+    again = [Watch(name="one"), Watch(name="other")]
+    fit(list(again), max_steps=4, ckpt_path=path)
+    assert again[0].tasks == again[1].tasks == [4]
+
+
+def test_what_was_asked_in_a_fit_does_not_outlive_a_resume_of_an_earlier_point(tmp_path: Any) -> None:
+    path, watch = str(tmp_path / "saved.ckpt"), Watch()
+    fit([watch, AskThem({3: (watch, 5)}), SaveAt(2, path)], max_steps=5)
+    assert watch.tasks == [0, 0, 0, 5, 5]
+    fit([watch], max_steps=4, ckpt_path=path)
+    assert watch.tasks[5:] == [0, 0]
+
+
+def test_what_was_asked_before_the_fit_of_another_module_holds() -> None:
+    watch = Watch()
+    watch.task_clock.ask(4)
+    fit([watch], module=Net(), max_steps=1)
+    fit([watch], module=Net(), max_steps=1)
+    watch.task_clock.ask(2)
+    fit([watch], module=Net(), max_steps=1)
+    assert watch.tasks == [4, 0, 2]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_callback_that_joins_in_a_later_fit_is_in_the_task_of_the_others(first: bool) -> None:
+    old, new, module = Watch(name="old"), Watch(name="new"), Net()
+    fit([old], module=module, max_steps=1)
+    for _ in range(2):
+        fit([new, old] if first else [old, new], module=module, max_steps=2)
+    assert (old.tasks, new.tasks) == ([0, 1, 1, 2, 2], [1, 1, 2, 2])
+    assert new.switches == [(0, 1, 2)]

@@ -16,6 +16,7 @@ from contract.documents import HEADINGS, check_card, check_yaml
 from contract.feeding import is_metric, without_metric
 from contract.harness import MODULES, Net, SaveAt, Stream, assert_same, differences, fit
 from contract.recovery import (
+    FAILURES,
     MOMENTS,
     check_exception,
     check_failing_test,
@@ -29,6 +30,7 @@ from contract.workers import Pair
 
 __all__ = [
     "CUT",
+    "FAILURES",
     "HEADINGS",
     "MOMENTS",
     "PRECISIONS",

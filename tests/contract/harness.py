@@ -5,6 +5,7 @@ training did without trusting any hook.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -69,8 +70,20 @@ class RecordingAdam(Recording, torch.optim.Adam):
     pass
 
 
+class Calls:
+    """Counts each kind of step at each optimizer step, in an object: a plugin may put a module's attributes back."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, int]] = Counter()
+
+
 class Net(LightningModule):
-    """A small regressor with batch norm and, if asked, dropout; two parameter groups of different rates."""
+    """A small regressor with batch norm and, if asked, dropout; two parameter groups of different rates.
+
+    Attributes:
+        fail_at: A kind of step, an optimizer step and, if it is not the first, the number of the call within that step
+            in which a failure comes.
+    """
 
     def __init__(self, dropout: float = 0.0, norm: bool = True, rates: tuple[float, float] = (0.05, 0.02)) -> None:
         super().__init__()
@@ -81,7 +94,8 @@ class Net(LightningModule):
         self.head = nn.Linear(8, OUTPUTS)
         self.rates = rates
         self.steps: list[Step] = []
-        self.fail_at: tuple[str, int] | None = None
+        self.fail_at: tuple[str, int] | tuple[str, int, int] | None = None
+        self.step_calls = Calls()
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = self.head(self.body(x))
@@ -105,6 +119,9 @@ class Net(LightningModule):
         self._maybe_fail("test")
         self.log("test_loss", self.loss(batch), batch_size=len(batch[0]), sync_dist=True)
 
+    def on_after_backward(self) -> None:
+        self._maybe_fail("backward")
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Callbacks have run, clipping has not: what a gradient transform leaves and an average may look at.
         recording = getattr(optimizer, "optimizer", optimizer)
@@ -119,7 +136,12 @@ class Net(LightningModule):
         return RecordingSGD(groups, momentum=0.9).watch(self, self.steps)
 
     def _maybe_fail(self, where: str) -> None:
-        if self.fail_at == (where, self.trainer.global_step) and not self.trainer.sanity_checking:
+        if self.trainer.sanity_checking:
+            return
+        now = where, self.trainer.global_step
+        self.step_calls.counts[now] += 1
+        place, step, call = (*(self.fail_at or ("", 0)), 1)[:3]
+        if (place, step) == now and self.step_calls.counts[now] >= call:
             raise RuntimeError("deliberate failure in the middle of training")
 
 

@@ -119,16 +119,38 @@ def _comparable(run: Run, plugins: int, skip: int = 0, *, numbered: bool) -> dic
 # ---------------------------------------------------------------------------------------------------- 6
 
 
+# Where a failure comes, in the optimizer step after CUT of them. A plugin may run passes of its own before or after the
+# live one, so that the first call of a step is not the live one, or not the only one. At the end of a batch it is
+# another callback's, after the update and before the plugin sees the end, unless that has moved to the front.
+FAILURES = ("train", "train, last call", "backward", "batch end", "validate", "validate, last call")
+
+
+class _FailsAtBatchEnd(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == CUT:
+            raise RuntimeError("deliberate failure of another callback")
+
+
 def check_exception(row: Row, where: str, tmp_path: Path) -> None:
-    """After a failure in a training or validation step nothing of the plugin is left, and the module trains on."""
-    module = DictNet()
-    module.fail_at = (where, CUT)
-    plugin = row.settings.make()
+    """After a failure in a pass of training or validation nothing of the plugin is left, and the module trains on."""
+
+    def trainer_of(plugin: Any, module: LightningModule) -> Trainer:
+        # What was asked for a step before has to be over, too.
+        objects = [*others, plugin, *_asking(row, plugin, CUT - 1)]
+        settings = {**QUIET, "devices": 1, "max_steps": STEPS, "val_check_interval": 2, "num_sanity_val_steps": 0}
+        return Trainer(**attach(objects, settings, module))
+
+    module, plugin = DictNet(), row.settings.make()
+    others = [_FailsAtBatchEnd()] if where == "batch end" else []
+    trainer = trainer_of(plugin, module)
+    place, _, last = where.partition(", ")
+    module.fail_at = (place, CUT)
+    if last:
+        # How many calls there are, a run without a failure says.
+        whole = DictNet()
+        trainer_of(row.settings.make(), whole).fit(whole, Stream(), Stream(2, seed=5))
+        module.fail_at = (place, CUT, whole.step_calls.counts[place, CUT])
     run = Run(None, module, [plugin])
-    # What was asked for a step before has to be over, too.
-    objects = [plugin, *_asking(row, plugin, CUT - 1)]
-    settings = {**QUIET, "devices": 1, "max_steps": STEPS, "val_check_interval": 2, "num_sanity_val_steps": 0}
-    trainer = Trainer(**attach(objects, settings, module))
     hooks = _hooks(module)
     with pytest.raises(RuntimeError, match="deliberate failure"):
         trainer.fit(module, Stream(), Stream(2, seed=5))
@@ -148,18 +170,26 @@ def check_exception(row: Row, where: str, tmp_path: Path) -> None:
 
 
 def check_leftovers(row: Row, other: Row) -> None:
-    """After a fit and after a failure nothing is left of two plugins in one Trainer, whichever is undone first."""
+    """After a fit and after failures nothing is left of two plugins in one Trainer, whichever is undone first."""
     if any(isinstance(member.settings.make(), Strategy) for member in (row, other)):
         return  # where a strategy wraps the module, the host itself leaves ``forward`` redirected
-    for failing in (False, True):
-        module = DictNet()
-        module.fail_at = ("train", 2) if failing else None
-        plugins = [row.settings.make(), other.settings.make()]
-        trainer = Trainer(**attach(plugins, {**QUIET, "devices": 1, "max_steps": STEPS}, module))
-        hooks = _hooks(module)
-        with pytest.raises(RuntimeError, match="deliberate failure") if failing else nullcontext():
-            trainer.fit(module, Stream())
-        _assert_nothing_left(module, trainer, hooks)
+    whole = _assert_leaves_nothing(row, other, None)
+    calls = {1, whole.step_calls.counts["train", 2]}
+    for call in sorted(calls):
+        _assert_leaves_nothing(row, other, ("train", 2, call))
+
+
+def _assert_leaves_nothing(row: Row, other: Row, fail_at: tuple[str, int, int] | None) -> DictNet:
+    """Fail if a run of two plugins, with or without a failure, leaves something behind; return its module."""
+    module = DictNet()
+    module.fail_at = fail_at
+    plugins = [row.settings.make(), other.settings.make()]
+    trainer = Trainer(**attach(plugins, {**QUIET, "devices": 1, "max_steps": STEPS}, module))
+    hooks = _hooks(module)
+    with pytest.raises(RuntimeError, match="deliberate failure") if fail_at else nullcontext():
+        trainer.fit(module, Stream())
+    _assert_nothing_left(module, trainer, hooks)
+    return module
 
 
 def check_failing_test(row: Row, tmp_path: Path) -> None:

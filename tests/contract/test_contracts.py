@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from contract import contracts
-from contract.contracts import MOMENTS, PRECISIONS, Row
+from contract.contracts import FAILURES, MOMENTS, PRECISIONS, Row
 from contract.harness import MODULES
 from contract.settings import ROWS
 from contract.workers import Pair
@@ -55,7 +55,7 @@ def test_05_oracle(row: Row, how: str, tmp_path: Path) -> None:
     contracts.check_oracle(row, how, tmp_path)
 
 
-@pytest.mark.parametrize("where", ["train", "validate"])
+@pytest.mark.parametrize("where", FAILURES)
 @over_rows("exception")
 def test_06_exception(row: Row, where: str, tmp_path: Path) -> None:
     contracts.check_exception(row, where, tmp_path)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from contract import broken, contracts, settings
+from contract import broken, broken_passes, contracts, settings
 from contract.broken import row
-from contract.contracts import HEADINGS, MOMENTS, PRECISIONS, STEPS, Row
+from contract.contracts import FAILURES, HEADINGS, MOMENTS, PRECISIONS, STEPS, Row
 from contract.harness import Net, Stream, assert_same, fit
 from contract.workers import Pair
 from oracles.replay import Replay
@@ -174,6 +174,32 @@ def test_06_exception_bites(plugin: type, where: str, message: str, tmp_path: Pa
         contracts.check_exception(row(plugin), where, tmp_path)
 
 
+@pytest.mark.parametrize("where", FAILURES)
+def test_06_exception_passes_an_honest_plugin(where: str, tmp_path: Path) -> None:
+    contracts.check_exception(HONEST, where, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "unseen", "where", "message"),
+    [
+        (broken_passes.LeavesItsOwnPoint, "train", "train, last call", "weights after the exception"),
+        (
+            broken_passes.LeavesItsOwnPointOfValidation,
+            "validate",
+            "validate, last call",
+            "weights after the exception",
+        ),
+        (broken_passes.LeavesAWrapOfItsSecondPass, "train", "train, last call", r"wrapped methods: \['log'\]"),
+        (broken_passes.LeavesThePointOfItsBackward, "train, last call", "backward", "weights after the exception"),
+        (broken_passes.TakesAnUpdateBack, "backward", "batch end", "weights after the exception"),
+    ],
+)
+def test_06_exception_bites_in_each_pass(plugin: type, unseen: str, where: str, message: str, tmp_path: Path) -> None:
+    contracts.check_exception(row(plugin), unseen, tmp_path)
+    with pytest.raises(BITES, match=message):
+        contracts.check_exception(row(plugin), where, tmp_path)
+
+
 def test_06_exception_bites_on_what_was_asked(tmp_path: Path) -> None:
     contracts.check_exception(row(broken.RemembersWhatWasAsked), "train", tmp_path)
     asked = row(broken.RemembersWhatWasAsked, ask=lambda plugin: plugin.ask())
@@ -231,8 +257,9 @@ def test_10_company_bites(tmp_path: Path) -> None:
     contracts.check_resume(row(broken.BreaksInCompany), tmp_path)
     with pytest.raises(BITES, match="resumed run against uninterrupted run"):
         contracts.check_company(row(broken.BreaksInCompany), row(broken.LogsItsMemory), tmp_path)
-    with pytest.raises(BITES, match="wrapped methods"):
-        contracts.check_company(row(broken.LeavesAWrap), HONEST, tmp_path)
+    for plugin in (broken.LeavesAWrap, broken_passes.LeavesAWrapOfItsSecondPass):
+        with pytest.raises(BITES, match="wrapped methods"):
+            contracts.check_company(row(plugin), HONEST, tmp_path)
     names_one = row(broken.NamesOnlyItself, conflicts={"honest": "does not go"})
     with pytest.raises(BITES, match="does not name Honest"):
         contracts.check_company(names_one, HONEST, tmp_path)

@@ -272,6 +272,8 @@ def test_an_evaluation_costs_the_same_in_any_window():
         ({2: math.inf}, "score of task 2 is inf"),
         ({0: torch.tensor([0.1, 0.2])}, "not one number"),
         ({0: None}, "not one number"),
+        ({0: "0.5"}, "is '0.5', which is not one number"),
+        ({0: b"1"}, "not one number"),
         ({-1: 0.5}, "task -1 is not a whole number"),
         ({True: 0.5}, "task True is not a whole number"),
         ({"0": 0.5}, "task '0' is not a whole number"),

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.refresh_twin import accumulated, refreshed
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_stable.functional.refresh_learning import add_importance, ascend, refresh_weights
 
@@ -106,6 +107,51 @@ def test_half_precision_is_rounded_once() -> None:
     expected = refreshed(named(weights), named([value.double() for value in gradients]), 0.1, 2.0, None)
     for value, other in zip(refresh(weights, gradients), expected.values(), strict=True):
         torch.testing.assert_close(value, other.to(torch.bfloat16), rtol=0.01, atol=0)
+
+
+class Counts(TorchDispatchMode):
+    """Counts the operations that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_operations_are_on_lists_of_tensors() -> None:
+    """Each further tensor by itself has its noise drawn, and is asked whether it has a direction."""
+    counts = []
+    for number in (1, 5):
+        weights, gradients, important = ([*map(torch.clone, number * tensors(seed))] for seed in (1, 2, 3))
+        with Counts() as counted:
+            walked = ascend(ascend([], gradients, 0.1), gradients, 0.1)
+            refresh_weights(weights, walked, important, 0.1, 0.2, 2.0)
+        counts.append(counted.count)
+    assert counts[1] - counts[0] == 2 * 4 * len(SHAPES)
+
+
+def test_precisions_mixed_and_importance_of_some() -> None:
+    dtypes = [torch.bfloat16, torch.float32, torch.float64, torch.float16]
+    weights, gradients = (
+        [value.to(kind) for value, kind in zip(tensors(seed), dtypes, strict=True)] for seed in (1, 2)
+    )
+    important = [None, torch.ones(7), None, torch.ones(2, 2, 2, dtype=torch.float16)]
+    found = refresh(weights, ascend([], gradients, 0.1), importance=important)
+    known = {str(place): 0.0 if value is None else value.double() for place, value in enumerate(important)}
+    expected = refreshed(named(weights), named([value.double() for value in gradients]), 0.1, 2.0, known)
+    for value, other, kind in zip(found, expected.values(), dtypes, strict=True):
+        assert value.dtype == kind
+        torch.testing.assert_close(value, other.to(kind), rtol=0.01 if kind.itemsize == 2 else 1e-5, atol=1e-6)
+
+
+def test_no_weights_and_weights_without_entries() -> None:
+    refresh_weights([], [], [], 0.1, 0.1, 1.0)
+    empty = refresh([torch.ones(0), torch.ones(2)], [torch.ones(0), torch.ones(2)], noise=0.0)
+    assert empty[0].shape == (0,)
+    torch.testing.assert_close(empty[1], torch.full((2,), 1.1))
 
 
 def test_importance_adds_up() -> None:

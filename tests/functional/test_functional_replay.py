@@ -1,10 +1,12 @@
 """Rehearsal: which samples stay and which are drawn, by their frequencies over many fixed seeds, and at the ends."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
-from torch import Generator
+from torch import Generator, Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_stable.functional.replay import (
     BalancedState,
@@ -111,6 +113,49 @@ def test_a_balanced_reservoir_leaves_its_old_state_alone() -> None:
     balanced_places(before, [1, 2, 2], 4, generator())
     assert torch.equal(before.groups, groups)
     assert before.seen == seen
+
+
+def test_where_many_groups_take_from_many_each_of_the_largest_loses_alike() -> None:
+    """New groups grow within one batch, from room for all of the old ones down to the same share."""
+    old, new = list(range(10)) * 12, [10 + number % 5 for number in range(200)]
+    lost = Counter()
+    for seed in range(200):
+        chance = generator(seed)
+        _, state = balanced_places(init_balanced(), old, 120, chance)
+        (sources, places), state = balanced_places(state, new, 120, chance)
+        assert torch.bincount(state.groups).tolist() == [8] * 15
+        assert state.groups[places].tolist() == [new[source] for source in sources]
+        assert state.seen == dict.fromkeys(range(10), 12) | dict.fromkeys(range(10, 15), 40)
+        lost.update(place for place in places)
+    # 40 of 120 places are taken over; standard error of a frequency: 0.033.
+    assert all(lost[place] / 200 == pytest.approx(1 / 3, abs=0.13) for place in range(120))
+
+
+class Work(TorchDispatchMode):
+    """Adds up how many numbers tensor operations have returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else [found]:
+            self.numbers += tensor.numel() if isinstance(tensor, Tensor) else 0
+        return found
+
+
+@pytest.mark.parametrize("new", [[1] * 256, [0] * 256, list(range(256))], ids=["one grows", "one stays", "many grow"])
+def test_a_batch_costs_a_pass_over_the_places_and_not_one_for_each_sample(new: list[int]) -> None:
+    capacity, chance = 5000, generator()
+    _, state = balanced_places(init_balanced(), [0] * capacity, capacity, chance)
+    with Work() as balancing:
+        balanced_places(state, new, capacity, chance)
+    assert balancing.numbers < 20 * capacity
+    groups = torch.arange(capacity) % 500
+    with Work() as drawing:
+        draw_by_group(groups, dict.fromkeys(range(500), 1.0), 256, chance)
+    assert drawing.numbers < 20 * capacity
 
 
 # ---------------------------------------------------------------------------------------------------- what is drawn

@@ -453,6 +453,7 @@ def test_processes_with_different_scores_are_told(workers, make):
         (lambda m: m.update([0.5], 0), "holds no score"),
         (lambda m: m.update({0: float("nan")}, 0), "The score of task 0 is nan"),
         (lambda m: m.update({0: torch.ones(3)}, 0), "which is not one number"),
+        (lambda m: m.update({0: "0.5"}, 0), "is '0.5', which is not one number"),
         (lambda m: m.update({0: 0.5}, -1), "The task -1 is not a whole number"),
         (lambda m: m.end_task(0), "Task 0 ends but was never evaluated"),
     ],

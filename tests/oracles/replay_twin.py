@@ -85,3 +85,24 @@ def uneven_job(rows: list[int], width: int | None = None, **settings: Any) -> di
     except ValueError as error:
         return {"error": str(error)}
     return {**run.snapshot(), "notes": module.notes}
+
+
+class Keyed(Labelled):
+    """Has batches of two entries of one shape, on rank 1 in the other order."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch["inputs"], batch["labels"]), batch_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        entries = {"inputs": batch[0], "labels": batch[0] + 100}
+        return dict(sorted(entries.items(), reverse=self.trainer.global_rank == 1))
+
+
+def keyed_job(**settings: Any) -> dict[str, Any]:
+    """Run in each of two processes: two batches of two samples on each, in dictionaries."""
+    os.chdir(tempfile.mkdtemp())
+    numbers = torch.arange(4.0) + 1000 * int(os.environ["RANK"])
+    train = DataLoader(TensorDataset(numbers[:, None].expand(-1, FEATURES)), batch_size=2)
+    module = Keyed(norm=False, rates=(0.0, 0.0))
+    run = fit([Replay(**settings)], module=module, train=train, max_steps=2, **DDP)
+    return {**run.snapshot(), "notes": module.notes}

@@ -22,14 +22,10 @@ def dealt(batch: list[Tensor], epoch: int) -> list[Tensor]:
 
 
 class SharedEWC(EWC):
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, dealt(batch, trainer.current_epoch), batch_idx)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, dealt(batch, trainer.current_epoch), batch_idx)
 
 
 class SharedRefreshLearning(RefreshLearning):
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, dealt(batch, trainer.current_epoch), batch_idx)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, dealt(batch, trainer.current_epoch), batch_idx)
