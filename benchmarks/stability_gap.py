@@ -32,9 +32,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from _perceptron import Perceptron
 from _report import arguments, publish, table
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from torch import Tensor, nn
+from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
@@ -162,34 +162,6 @@ SETTINGS = {
         | {name: METHODS[name]._replace(values=values) for name, values in _WITHOUT_MEMORY.items()},
     ),
 }
-
-
-class Perceptron(LightningModule):
-    """64-400-400-10 with ReLU."""
-
-    def __init__(self, lr: float) -> None:
-        super().__init__()
-        self.lr = lr
-        self.network = nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 10)
-        )
-
-    @override
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images)
-        return logits
-
-    @override
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    @override
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self(batch[0])
-
-    @override
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
 class Stream(TaskStream):
