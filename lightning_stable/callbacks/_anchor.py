@@ -86,6 +86,12 @@ class WeightAnchor(GradientTransform):
             self._end_task(trainer, pl_module, batch)
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.lam != 0:
+            self.task_clock.tell_of_one_task()
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {"task": self.task_clock.state_dict(), "anchor": dict(self._anchor)}
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info
 
 __all__ = ["TaskClock"]
 
@@ -46,6 +47,7 @@ class TaskClock:
         self._unnumbered: tuple[int, int] | None = None
         self._begun = False
         self._next_fit = False
+        self._told = False
         self._module: weakref.ref[LightningModule] | None = None
         # That of the present fit from its first batch on.
         self._trainer: weakref.ref[Trainer] | None = None
@@ -101,6 +103,15 @@ class TaskClock:
             self.previous = self.task
         self.task, self._begun = task, True
         return changed
+
+    def tell_of_one_task(self) -> None:
+        """Say, once, that there was no second task: what acts from there on has done nothing."""
+        if self._begun and self.previous is None and not self._told:
+            self._told = True
+            rank_zero_info(
+                f"{self._owner}: there was one task so far, and it acts from the second on. Fit again with this "
+                "object, or say where tasks begin: by task_steps, start_task(...) or a datamodule that names its tasks."
+            )
 
     def names(self, trainer: Trainer) -> list[str] | None:
         """Return the names of the tasks, if the datamodule knows them."""

@@ -165,6 +165,11 @@ class LAE(GradientTransform):
         self._detach()
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self.task_clock.tell_of_one_task()
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {
             "offline": dict(self._offline),

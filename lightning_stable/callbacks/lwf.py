@@ -129,6 +129,12 @@ class LwF(LossTerm):
             self._frozen -= thawed.keys()
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.lam != 0:
+            self.task_clock.tell_of_one_task()
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {
             "task": self.task_clock.state_dict(),

@@ -1,5 +1,6 @@
 """Which task is trained on, from each source, over several fits and after a resume."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from contract.harness import Net, SaveAt, Stream, fit
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_stable.callbacks import EWC, LAE, L2Anchor, LwF
 from lightning_stable.callbacks._tasks import TaskClock
 
 
@@ -266,3 +268,14 @@ def test_a_callback_that_joins_in_a_later_fit_is_in_the_task_of_the_others(first
         fit([new, old] if first else [old, new], module=module, max_steps=2)
     assert (old.tasks, new.tasks) == ([0, 1, 1, 2, 2], [1, 1, 2, 2])
     assert new.switches == [(0, 1, 2)]
+
+
+@pytest.mark.parametrize("make", [lambda: L2Anchor(), lambda: EWC(), lambda: LwF(), lambda: LAE(["head.*"])])
+def test_what_had_one_task_only_says_so_once(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    plugin, module = make(), Net()
+    with caplog.at_level(logging.INFO):
+        fit([plugin], module=module, max_steps=2)
+        assert caplog.text.count("there was one task so far") == 1
+        fit([plugin], module=module, max_steps=2)
+    assert caplog.text.count("there was one task so far") == 1
+    assert type(plugin).__name__ in caplog.text
