@@ -5,10 +5,9 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_stable.callbacks._quiet import QuietPass
+from lightning_stable.callbacks._quiet import QuietPass, loss_of, run_training_step
 from lightning_stable.callbacks._reference import call_with_weights
 
 __all__ = ["batch_gradient"]
@@ -38,17 +37,15 @@ def batch_gradient(
     Returns:
         By name, 0 where the loss does not depend on it; ``None`` if no process has a loss.
     """
-    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
-    arguments = (batch, batch_idx) if takes_index else (batch,)
     live = dict(pl_module.named_parameters())
     values = list(points.values())
     with torch.enable_grad(), quiet(pl_module), trainer.precision_plugin.train_step_context():
         if all(live[name] is value for name, value in points.items()):
-            output = pl_module.training_step(*arguments)
+            output = run_training_step(pl_module, batch, batch_idx)
         else:
-            output = call_with_weights(pl_module, points, lambda: pl_module.training_step(*arguments))
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        found = values and isinstance(loss, Tensor) and loss.requires_grad
+            output = call_with_weights(pl_module, points, lambda: run_training_step(pl_module, batch, batch_idx))
+        loss = loss_of(output)
+        found = values and loss is not None and loss.requires_grad
         # Not backward(): that would add to the gradients of training and start the reduction over processes.
         gradients = torch.autograd.grad(cast(Tensor, loss), values, allow_unused=True) if found else None
     if not trainer.strategy.reduce_boolean_decision(gradients is not None, all=False):

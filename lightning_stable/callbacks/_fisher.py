@@ -4,17 +4,16 @@ Where the loss of a sample is its negative log-likelihood, the mean over samples
 of the empirical Fisher information: how fast the likelihood of the data changes with each weight.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
 from lightning_stable.callbacks._evaluate import eval_mode
-from lightning_stable.callbacks._quiet import QuietPass
+from lightning_stable.callbacks._quiet import QuietPass, loss_of, run_training_step
 
 __all__ = ["fisher_diagonal"]
 
@@ -51,15 +50,13 @@ def fisher_diagonal(
     sums = {name: torch.zeros_like(live[name], dtype=_wide(live[name])) for name in names}
     trained = [name for name in names if live[name].requires_grad]
     parameters = [live[name] for name in trained]
-    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
     count = 0
     with torch.enable_grad(), quiet(pl_module), eval_mode(pl_module), _recurrent_parts(pl_module):
         for batch in batches:
             count += 1
             with trainer.precision_plugin.train_step_context():
-                output = pl_module.training_step(batch, 0) if takes_index else pl_module.training_step(batch)
-            loss = output.get("loss") if isinstance(output, Mapping) else output
-            if not isinstance(loss, Tensor) or not loss.requires_grad or not parameters:
+                loss = loss_of(run_training_step(pl_module, batch))
+            if loss is None or not loss.requires_grad or not parameters:
                 continue  # a skipped sample, which says nothing of any weight
             # Not backward(): that would add to the gradients of training and start the reduction over processes.
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

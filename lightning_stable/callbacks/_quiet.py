@@ -2,19 +2,20 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_stable.callbacks._host import MethodWrap, do_nothing
 
-__all__ = ["QuietPass", "RandomState", "is_quiet", "quiet_depth"]
+__all__ = ["QuietPass", "RandomState", "is_quiet", "loss_of", "quiet_depth", "run_training_step"]
 
 # Modules in a quiet pass at present, with how many of them are within each other.
 _quiet: WeakKeyDictionary[LightningModule, int] = WeakKeyDictionary()
@@ -28,6 +29,18 @@ def is_quiet(pl_module: LightningModule) -> bool:
 def quiet_depth(pl_module: LightningModule) -> int:
     """Return within how many quiet passes the training step runs, to tell a pass from one within it."""
     return _quiet.get(pl_module, 0)
+
+
+def run_training_step(pl_module: LightningModule, batch: Any, batch_idx: int = 0) -> Any:
+    """Run the module's own training step on a batch, with the arguments that the host would give, beside the host."""
+    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+    return pl_module.training_step(batch, batch_idx) if takes_index else pl_module.training_step(batch)
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """Return the loss within what a training step returned, ``None`` if it skips."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return loss if isinstance(loss, Tensor) else None
 
 
 class RandomState(NamedTuple):

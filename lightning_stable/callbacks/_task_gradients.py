@@ -1,14 +1,14 @@
 """How large the gradients are that pull a module to its present task, and back to the earlier ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_stable.callbacks._quiet import loss_of, run_training_step
 from lightning_stable.callbacks._task_evaluation import TaskEvaluation
-from lightning_stable.callbacks._task_scores import run_training_step
 
 __all__ = ["gradient_parts"]
 
@@ -59,9 +59,8 @@ def _gradient(
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
 
     def add(batch: Any, share: float) -> None:
-        output = run_training_step(pl_module, batch)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
+        loss = loss_of(run_training_step(pl_module, batch))
+        if loss is None or not loss.requires_grad:
             return
         # Not backward(): that would add to the gradients of training and start the reduction over processes.
         found = torch.autograd.grad(loss, parameters, allow_unused=True)

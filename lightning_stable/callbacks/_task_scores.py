@@ -12,10 +12,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_stable.callbacks._head import HeadTap, list_heads
+from lightning_stable.callbacks._quiet import loss_of, run_training_step
 from lightning_stable.callbacks._samples import find_labels
 from lightning_stable.callbacks._task_subsets import Chunk
 
-__all__ = ["TaskScore", "refuse_own_steps", "run_training_step"]
+__all__ = ["TaskScore", "refuse_own_steps"]
 
 # What a position is labelled that is not to be counted, as torch's cross-entropy has it.
 _IGNORED = -100
@@ -174,12 +175,6 @@ class TaskScore:
         return logits
 
 
-def run_training_step(pl_module: LightningModule, batch: Any) -> Any:
-    """Run the module's own training step on a batch, as the host calls it but beside the host."""
-    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
-    return pl_module.training_step(batch, 0) if takes_index else pl_module.training_step(batch)
-
-
 def _run_evaluation_step(pl_module: LightningModule, batch: Any) -> None:
     """Run the module's validation step, or the training step of a module without one."""
     if not is_overridden("validation_step", pl_module, LightningModule):
@@ -213,9 +208,9 @@ def _refuse_shifted(batch: Any, labels: Tensor) -> None:
 
 
 def _loss(output: Any) -> Tensor:
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if not isinstance(loss, Tensor):
-        raise ValueError(  # noqa: TRY004  a module that does not fit, not a wrong type
+    loss = loss_of(output)
+    if loss is None:
+        raise ValueError(
             "StabilityGap(score='loss') needs the loss that training_step returns, and it returned "
             f"{type(output).__name__}. Give a function as score."
         )

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from lightning_stable.callbacks._closure import is_trained_on, may_repeat, repeated_batch
 from lightning_stable.callbacks._host import MethodWrap, refuse_iterator, refuse_manual, refuse_sharded, run_first
-from lightning_stable.callbacks._quiet import QuietPass, is_quiet
+from lightning_stable.callbacks._quiet import QuietPass, is_quiet, loss_of
 from lightning_stable.callbacks._replay_memory import POLICIES, ReplayMemory
 from lightning_stable.callbacks._samples import count_samples, find_labels, rebuild
 from lightning_stable.callbacks._settings import check_choice, check_count, check_not_negative
@@ -221,12 +221,12 @@ class Replay(Callback):
             self._prepared.append(replayed)
         # The new batch first: where it runs again, random numbers begin at it.
         output = original(*args, **kwargs)
-        loss = _loss(output)
+        loss = loss_of(output)
         self._trained = self._trained or loss is not None
         if loss is None or replayed is None:
             return output  # a skipped step, or what the host refuses; or nothing to replay
         with self._quiet(pl_module):
-            old = _loss(original(rebuild(replayed), *args[1:], **kwargs))
+            old = loss_of(original(rebuild(replayed), *args[1:], **kwargs))
         if old is None:
             return output
         term = (1 - self.weight) * old
@@ -271,9 +271,3 @@ class Replay(Callback):
         """Leave out what only means something in this process."""
         left_out: dict[str, Any] = dict.fromkeys(("_module", "_wrap", "_batch", "_drawn"))
         return {**vars(self), **left_out, "_prepared": [], "_quiet": QuietPass(training=True)}
-
-
-def _loss(output: Any) -> Tensor | None:
-    """Return the loss within what a training step returned, ``None`` if it skips."""
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    return loss if isinstance(loss, Tensor) else None
