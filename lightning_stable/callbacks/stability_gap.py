@@ -87,7 +87,7 @@ class StabilityGap(Callback):
         higher_is_better: bool | None = None,
         logits: str | None = None,
         labels: str | None = None,
-        batch_size: int = 1024,
+        batch_size: int = 512,
         cache: str = "device",
         seed: int = 0,
         directory: str | None = None,
