@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_stable.callbacks._attributes import attributes_kept
 from lightning_stable.callbacks._head import HeadTap
 from lightning_stable.callbacks._host import MethodWrap
-from lightning_stable.callbacks._quiet import QuietPass, is_quiet
+from lightning_stable.callbacks._quiet import QuietPass, is_quiet, loss_of
 from lightning_stable.callbacks._reference import call_with_weights
 
 __all__ = ["EvaluationEnsemble"]
@@ -99,8 +99,8 @@ class EvaluationEnsemble:
                 return original(*args, **kwargs)
             with self._finder.recording() as record:
                 output = original(*args, **kwargs)
-            loss = output.get("loss") if isinstance(output, Mapping) else output
-            if isinstance(loss, Tensor) and loss.requires_grad:
+            loss = loss_of(output)
+            if loss is not None and loss.requires_grad:
                 self._finder.resolve(record, loss, module)
                 self.head = self._finder.name
             elif record and not module.automatic_optimization:

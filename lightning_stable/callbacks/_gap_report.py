@@ -98,8 +98,9 @@ class GapReport:
     def end_of_task(self, trainer: Trainer, task: int) -> None:
         """Tell of a task that has ended."""
         self.send(trainer, self._log.ended())
-        self._tell(f"StabilityGap at the end of task {task}", self._log.record(provisional=False))
-        self._write(trainer, self._log.record(provisional=False), picture=False)
+        record = self._log.record(provisional=False)
+        self._tell(f"StabilityGap at the end of task {task}", record)
+        self._write(trainer, record, picture=False)
 
     def end_of_fit(self, trainer: Trainer) -> None:
         """Tell of everything so far."""

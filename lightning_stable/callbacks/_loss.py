@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_stable.callbacks._closure import is_trained_on, may_repeat, repeated_batch
 from lightning_stable.callbacks._head import HeadTap
 from lightning_stable.callbacks._host import MethodWrap, refuse_manual, refuse_sharded
-from lightning_stable.callbacks._quiet import is_quiet
+from lightning_stable.callbacks._quiet import is_quiet, loss_of
 from lightning_stable.callbacks._settings import check_count, check_not_negative, check_positive
 
 __all__ = ["LossTerm"]
@@ -130,8 +130,8 @@ class LossTerm(Callback, ABC):
             prepared = self._prepared[again]
         with self._tap.recording() as record:
             output = original(*args, **kwargs)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
+        loss = loss_of(output)
+        if loss is None:
             return output  # a skipped step, or what the host refuses
         self._tap.resolve(record, loss, pl_module)
         logits = self._tap.logits(record)

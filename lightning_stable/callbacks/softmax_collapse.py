@@ -11,7 +11,7 @@ Example:
     >>> trainer = Trainer(callbacks=[SoftmaxCollapseMonitor()], logger=False, enable_checkpointing=False)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from typing_extensions import override
 from lightning_stable.callbacks._closure import is_trained_on
 from lightning_stable.callbacks._head import HeadTap
 from lightning_stable.callbacks._host import MethodWrap, refuse_sharded
-from lightning_stable.callbacks._quiet import is_quiet
+from lightning_stable.callbacks._quiet import is_quiet, loss_of
 from lightning_stable.callbacks._reports import report
 from lightning_stable.callbacks._settings import check_count, parse_floating_dtype
 from lightning_stable.functional.softmax_collapse import softmax_collapse
@@ -141,8 +141,8 @@ class SoftmaxCollapseMonitor(Callback):
                 output = original(*args, **kwargs)
             finally:
                 self._record = None
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if isinstance(loss, Tensor) and pl_module.automatic_optimization:
+        loss = loss_of(output)
+        if loss is not None and pl_module.automatic_optimization:
             self._tap.resolve(record, loss, pl_module)
         elif not any(name == self._tap.name for name, _ in record):
             return output  # nothing was computed
