@@ -63,7 +63,7 @@ def command(installed, tmp_path):
 
 def test_the_wheel_carries_every_template_and_card_and_no_other_top_level_name(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for file in (ROOT / "templates").rglob("*.yaml"):
+    for file in (path for path in (ROOT / "templates").rglob("*") if path.is_file()):
         assert f"lightning_stable/templates/{file.relative_to(ROOT / 'templates').as_posix()}" in names
     for file in (ROOT / "docs" / "methods").glob("*.md"):
         assert f"lightning_stable/cards/{file.name}" in names
@@ -116,6 +116,8 @@ def test_list_and_show_work_from_the_wheel(command):
     assert {line.split()[1] for line in command("list").splitlines()} >= {"wsd", "ema", "quickstart", "wsd_s"}
     assert command("show", "wsd") == (ROOT / "docs/methods/wsd.md").read_text(encoding="utf-8")
     assert command("show", "quickstart") == (ROOT / "templates/recipes/quickstart.yaml").read_text(encoding="utf-8")
+    script = ROOT / "templates/launch/co2_multi_node.sh"
+    assert command("show", script.name) == script.read_text(encoding="utf-8")
 
 
 def test_the_quickstart_runs_from_the_wheel_in_an_empty_directory(command, tmp_path):

@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from lightning_stable.callbacks._gradients import GradientTransform, OptimizerStep
 from lightning_stable.callbacks._reports import report
-from lightning_stable.callbacks._settings import check_count, check_not_negative
 from lightning_stable.callbacks._tasks import TaskClock
+from lightning_stable.functional._settings import check_count, check_not_negative
 from lightning_stable.functional.l2_anchor import add_anchor_gradient, anchor_penalty
 
 __all__ = ["WeightAnchor"]
@@ -112,6 +112,15 @@ class WeightAnchor(GradientTransform):
     def reset(self) -> None:
         """Let go of the weights: nothing is held until the next task ends."""
         self._anchor = {}
+
+    # ------------------------------------------------------------------ for strategies whose workers differ
+
+    def worker_tensors(self) -> list[Tensor]:
+        """Return the weights that are held to: each worker's own at the end of the task, until they are averaged.
+
+        The pull is linear in them, so the workers' mean is pulled to their mean all the same.
+        """
+        return list(self._anchor.values())
 
     # ------------------------------------------------------------------ helpers
 

@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from lightning_stable.callbacks._evaluate import LoggedValue, evaluate_validation
 from lightning_stable.callbacks._host import MethodWrap, refuse_company, refuse_sharded, run_first
-from lightning_stable.callbacks._settings import check_choice, parse_device, parse_floating_dtype
-from lightning_stable.callbacks._weights import WeightSwap, read_weights
+from lightning_stable.callbacks._weights import WeightSwap, floating_buffers, named_tensors, read_weights, tied_names
+from lightning_stable.functional._settings import check_choice, parse_device, parse_floating_dtype
 from lightning_stable.functional.ema import init_ema
 
 __all__ = ["AveragedWeights"]
@@ -104,7 +104,7 @@ class AveragedWeights(Callback, ABC):
         if "live" not in state:
             return
         # The module was given the checkpoint's state_dict, which may be the average: training needs the live weights.
-        present = _named_tensors(pl_module)
+        present = named_tensors(pl_module)
         missing = sorted(state["live"].keys() - present.keys())
         if missing:
             raise ValueError(
@@ -122,7 +122,7 @@ class AveragedWeights(Callback, ABC):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
-        self._aliases = _aliases(pl_module)
+        self._aliases = tied_names(pl_module)
         if self._restored is not None:
             self._take_over(self._restored, pl_module)
             self._restored = None
@@ -275,6 +275,17 @@ class AveragedWeights(Callback, ABC):
         self._updates = 0
         self._parameters = {}
 
+    # ------------------------------------------------------------------ for strategies whose workers differ
+
+    def worker_tensors(self) -> list[Tensor]:
+        """Return the average, which is that of the mean weights once it is itself averaged over workers."""
+        return list((self._shadow or {}).values())
+
+    @property
+    def holds_live_weights(self) -> bool:
+        """Whether the module runs with the average, and the live weights are kept here."""
+        return self._swap.active
+
     # ------------------------------------------------------------------ helpers
 
     def _live(self, pl_module: LightningModule) -> tuple[list[str], list[Tensor]]:
@@ -282,7 +293,7 @@ class AveragedWeights(Callback, ABC):
         tracked = self._parameters
         if self.buffers == "average":
             # Looked up each time: modules may replace a buffer by another tensor.
-            tracked = {**tracked, **_floating_buffers(pl_module)}
+            tracked = {**tracked, **floating_buffers(pl_module)}
         names = list(tracked if self._shadow is None else self._shadow)
         return names, [tracked[name] for name in names]
 
@@ -321,7 +332,7 @@ class AveragedWeights(Callback, ABC):
 
     def _place(self, shadow: dict[str, Tensor], pl_module: LightningModule) -> None:
         """Continue an average with the parameters as they are now, on this run's device and in its precision."""
-        present = _named_tensors(pl_module)
+        present = named_tensors(pl_module)
         kept = {n: v for n, v in shadow.items() if n in present and present[n].shape == v.shape}
         if len(kept) != len(shadow):
             names = ", ".join(sorted(shadow.keys() - kept.keys()))
@@ -376,20 +387,3 @@ class AveragedWeights(Callback, ABC):
         if self._save_wrap is not None:
             self._save_wrap.undo()
             self._save_wrap = None
-
-
-def _named_tensors(module: LightningModule) -> dict[str, Tensor]:
-    """Return the parameters and buffers by name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _floating_buffers(module: LightningModule) -> dict[str, Tensor]:
-    """Return the floating-point buffers by name."""
-    return {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
-
-
-def _aliases(module: LightningModule) -> dict[str, str]:
-    """Map every name of a parameter or buffer to the first one of the same tensor: tied weights have several."""
-    first: dict[int, str] = {}
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {name: first.setdefault(id(tensor), name) for name, tensor in named}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_stable.callbacks._quiet import QuietPass, loss_of, run_training_step
 from lightning_stable.callbacks._reference import call_with_weights
+from lightning_stable.callbacks._worker_state import mean_over_processes
 
 __all__ = ["batch_gradient"]
 
@@ -54,15 +55,5 @@ def batch_gradient(
         torch.zeros_like(value) if gradient is None else gradient.detach()
         for value, gradient in zip(values, gradients or [None] * len(values), strict=True)
     ]
-    return dict(zip(points, _mean_over_processes(trainer, parts), strict=True))
-
-
-def _mean_over_processes(trainer: Trainer, tensors: list[Tensor]) -> list[Tensor]:
-    """Return the mean of each tensor over processes, with one exchange."""
-    if trainer.world_size == 1 or any(tensor.layout != torch.strided or tensor.is_complex() for tensor in tensors):
-        return tensors  # the caller refuses what is no list of numbers
-    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    flat = torch.cat([tensor.to(wide).flatten() for tensor in tensors])
-    mean = cast(Tensor, trainer.strategy.reduce(flat, reduce_op="mean"))
-    parts = torch.split(mean, [tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
+    # What is no list of numbers is not averaged: the caller refuses it.
+    return dict(zip(points, mean_over_processes(trainer, parts), strict=True))

@@ -88,7 +88,7 @@ class GradientTransform(Callback, ABC):
         if self._module is None or self._module() is not pl_module:
             self.reset()
             self._module = weakref.ref(pl_module)
-        self._restored = None
+        self._restored, self._names = None, {}
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -97,7 +97,11 @@ class GradientTransform(Callback, ABC):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
+        if self._names:
+            # In the middle of training: a strategy lets every process go on from the state of one.
+            self._take_over(state_dict)
+        else:
+            self._restored = state_dict
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,6 +140,7 @@ class GradientTransform(Callback, ABC):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._finish(trainer)
+        self._names = {}
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -14,7 +14,7 @@ from lightning_stable.callbacks._closure import is_trained_on, may_repeat, repea
 from lightning_stable.callbacks._head import HeadTap
 from lightning_stable.callbacks._host import MethodWrap, refuse_manual, refuse_sharded
 from lightning_stable.callbacks._quiet import is_quiet, loss_of
-from lightning_stable.callbacks._settings import check_count, check_not_negative, check_positive
+from lightning_stable.functional._settings import check_count, check_not_negative, check_positive
 
 __all__ = ["LossTerm"]
 

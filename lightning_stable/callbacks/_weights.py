@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["WeightSwap", "read_weights"]
+__all__ = ["WeightSwap", "floating_buffers", "named_tensors", "read_weights", "tied_names"]
 
 # Bytes copied at once while two sets of weights change places: bounds the extra memory of an exchange.
 _CHUNK_BYTES = 64 * 2**20
@@ -107,6 +107,23 @@ def read_weights(
                 f"in prefix={next(iter(weights)).partition('.')[0] + '.'!r}. {error}"
             ) from error
     return chosen
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def floating_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the floating-point buffers by name."""
+    return {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Map every name of a parameter or buffer to the first one of the same tensor: tied weights have several."""
+    first: dict[int, str] = {}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
 
 
 def _exchange(left: list[Tensor], right: list[Tensor]) -> None:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_stable.callbacks._averaging import AveragedWeights
+from lightning_stable.callbacks._worker_state import freezes_variance
 from lightning_stable.functional.balanced_ema import FORMS, BalancedEMAState, update_balanced_ema
 from lightning_stable.functional.ema import check_decay
 
@@ -50,7 +51,8 @@ class BalancedEMA(AveragedWeights):
 
     Raises:
         ValueError: At construction for a value out of range; at the start of a fit for a sharded strategy, several
-            optimizers, or a second callback that averages weights.
+            optimizers, a strategy that exchanges momenta in the place of gradients, or a second callback that averages
+            weights.
     """
 
     def __init__(
@@ -90,6 +92,12 @@ class BalancedEMA(AveragedWeights):
                 f"BalancedEMA does not work with {len(trainer.optimizers)} optimizers: which gradient led to which "
                 "weights is not known. Use EMA, or one optimizer."
             )
+        if freezes_variance(trainer):
+            raise ValueError(
+                f"BalancedEMA does not work with {type(trainer.strategy).__name__}, which shows each process its own "
+                "gradients: with coefficients of their own, processes of equal weights would have different averages. "
+                "Use EMA."
+            )
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -128,6 +136,15 @@ class BalancedEMA(AveragedWeights):
     def reset(self) -> None:
         super().reset()
         self._before, self._gradients, self._last_gradients = {}, {}, {}
+
+    @override
+    def worker_tensors(self) -> list[Tensor]:
+        """Return the average, and the gradients that the next coefficients come from.
+
+        Workers have coefficients of their own, so the mean of their averages is what they agree on, and not the average
+        that one coefficient for all would have given.
+        """
+        return [*super().worker_tensors(), *self._last_gradients.values()]
 
     @override
     def _take_over(self, state: dict[str, Any], pl_module: LightningModule) -> None:

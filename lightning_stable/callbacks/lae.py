@@ -23,8 +23,8 @@ from typing_extensions import override
 from lightning_stable.callbacks._ensemble import EvaluationEnsemble
 from lightning_stable.callbacks._gradients import GradientTransform, OptimizerStep
 from lightning_stable.callbacks._host import run_first
-from lightning_stable.callbacks._settings import check_count
 from lightning_stable.callbacks._tasks import TaskClock
+from lightning_stable.functional._settings import check_count
 from lightning_stable.functional.ema import check_decay
 from lightning_stable.functional.lae import accumulate, ensemble_logits, init_offline
 
@@ -193,6 +193,12 @@ class LAE(GradientTransform):
     def reset(self) -> None:
         """Forget the offline copy: the next change of task begins a new one."""
         self._offline, self._head, self._steps = {}, self.logits, 0
+
+    # ------------------------------------------------------------------ for strategies whose workers differ
+
+    def worker_tensors(self) -> list[Tensor]:
+        """Return the offline copy, which follows the mean weights once it is itself averaged over workers."""
+        return list(self._offline.values())
 
     # ------------------------------------------------------------------ helpers
 

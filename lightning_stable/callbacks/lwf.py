@@ -27,6 +27,8 @@ from lightning_stable.callbacks._loss import LossTerm
 from lightning_stable.callbacks._quiet import QuietPass
 from lightning_stable.callbacks._reference import call_with_weights
 from lightning_stable.callbacks._tasks import TaskClock
+from lightning_stable.callbacks._weights import floating_buffers
+from lightning_stable.callbacks._worker_state import mean_over_processes, trains_apart
 from lightning_stable.functional.lwf import distillation_loss
 
 __all__ = ["LwF"]
@@ -124,7 +126,7 @@ class LwF(LossTerm):
         if self._frozen:
             # What has been unfrozen since the switch is still what it was then.
             live = {name: value for name, value in pl_module.named_parameters() if name in self._frozen}
-            thawed = {name: value.detach().clone() for name, value in live.items() if value.requires_grad}
+            thawed = _kept(trainer, {name: value for name, value in live.items() if value.requires_grad})
             self._teacher |= thawed
             self._frozen -= thawed.keys()
 
@@ -229,7 +231,7 @@ class LwF(LossTerm):
             self._past.append(self.task_clock.previous)
         self._past_outputs, self._past_head = self._outputs, self._head
         live = dict(pl_module.named_parameters())
-        self._teacher = {name: value.detach().clone() for name, value in live.items() if value.requires_grad}
+        self._teacher = _kept(trainer, {name: value for name, value in live.items() if value.requires_grad})
         self._frozen = live.keys() - self._teacher.keys()
         # A buffer that is not saved follows from the rest.
         saved = pl_module.state_dict().keys()
@@ -240,6 +242,8 @@ class LwF(LossTerm):
             on_cpu = trainer.strategy.broadcast(on_cpu)
             buffers = {name: value.to(pl_module.device) for name, value in on_cpu.items()}
         self._teacher |= {name: value.clone() for name, value in buffers.items()}
+        if trains_apart(trainer):
+            self._teacher |= _kept(trainer, {n: v for n, v in floating_buffers(pl_module).items() if n in saved})
 
     def _forget(self) -> None:
         """Know of no task that has ended."""
@@ -258,3 +262,9 @@ class LwF(LossTerm):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only means something in this process."""
         return {**super().__getstate__(), "_module": None, "_quiet": QuietPass()}
+
+
+def _kept(trainer: Trainer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of floating-point tensors: of their mean over the workers where those train apart."""
+    values = [value.detach().clone() for value in tensors.values()]
+    return dict(zip(tensors, mean_over_processes(trainer, values) if trains_apart(trainer) else values, strict=True))

@@ -125,6 +125,12 @@ class MESA(LossTerm):
         super().teardown(trainer, pl_module, stage)
         self._live, self._quiet = [], QuietPass()
 
+    # ------------------------------------------------------------------ for strategies whose workers differ
+
+    def worker_tensors(self) -> list[Tensor]:
+        """Return the average, which is that of the mean weights once it is itself averaged over workers."""
+        return list(self._average.values())
+
     # ------------------------------------------------------------------ the term
 
     @override

@@ -32,9 +32,9 @@ from lightning_stable.callbacks._host import (
 )
 from lightning_stable.callbacks._provisional import ProvisionalChange
 from lightning_stable.callbacks._quiet import QuietPass
-from lightning_stable.callbacks._settings import check_count, check_not_negative, check_positive
 from lightning_stable.callbacks._task_samples import TaskSamples
 from lightning_stable.callbacks._tasks import TaskClock
+from lightning_stable.functional._settings import check_count, check_not_negative, check_positive
 from lightning_stable.functional.refresh_learning import add_importance, ascend, refresh_weights
 
 __all__ = ["RefreshLearning"]

@@ -24,9 +24,9 @@ from lightning_stable.callbacks._host import MethodWrap, refuse_iterator, refuse
 from lightning_stable.callbacks._quiet import QuietPass, is_quiet, loss_of
 from lightning_stable.callbacks._replay_memory import POLICIES, ReplayMemory
 from lightning_stable.callbacks._samples import count_samples, find_labels, rebuild
-from lightning_stable.callbacks._settings import check_choice, check_count, check_not_negative
 from lightning_stable.callbacks._shared_samples import count_everywhere, gather_classes, gather_samples
 from lightning_stable.callbacks._tasks import TaskClock
+from lightning_stable.functional._settings import check_choice, check_count, check_not_negative
 
 __all__ = ["Replay"]
 

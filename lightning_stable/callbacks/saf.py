@@ -26,7 +26,7 @@ from lightning_stable.callbacks._closure import repeated_batch
 from lightning_stable.callbacks._loss import LossTerm
 from lightning_stable.callbacks._records import PastRecords, RecordTable, available_memory
 from lightning_stable.callbacks._sample_ids import SampleIds
-from lightning_stable.callbacks._settings import check_count, parse_floating_dtype
+from lightning_stable.functional._settings import check_count, parse_floating_dtype
 from lightning_stable.functional.trajectory_loss import soften, softened_divergence
 
 __all__ = ["SAF"]

@@ -31,7 +31,7 @@ from lightning_stable.callbacks._host import (
     refuse_sharded,
     refuse_unusual_gradient,
 )
-from lightning_stable.callbacks._settings import check_choice, check_count, check_positive
+from lightning_stable.functional._settings import check_choice, check_count, check_positive
 from lightning_stable.functional._vectors import global_norm
 from lightning_stable.functional.sam import (
     gsam_gradient,
@@ -77,6 +77,9 @@ class SAM(Callback):
             sharded strategy or a training step that takes ``dataloader_iter``; in training for a sparse or
             complex gradient, and for a pass whose gradient is not finite, with the weights as they were.
     """
+
+    # Where each process sees its own gradients, LookSAM's component is its own until the next checkpoint.
+    takes_state_of_rank_zero = True
 
     def __init__(
         self,
@@ -136,7 +139,11 @@ class SAM(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = dict(state_dict["component"])
+        if self._step is not None:
+            # In the middle of training: a strategy lets every process go on from the state of one.
+            self._component = dict(state_dict["component"])
+        else:
+            self._restored = dict(state_dict["component"])
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

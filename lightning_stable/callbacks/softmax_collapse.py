@@ -25,7 +25,7 @@ from lightning_stable.callbacks._head import HeadTap
 from lightning_stable.callbacks._host import MethodWrap, refuse_sharded
 from lightning_stable.callbacks._quiet import is_quiet, loss_of
 from lightning_stable.callbacks._reports import report
-from lightning_stable.callbacks._settings import check_count, parse_floating_dtype
+from lightning_stable.functional._settings import check_count, parse_floating_dtype
 from lightning_stable.functional.softmax_collapse import softmax_collapse
 
 __all__ = ["SoftmaxCollapseMonitor"]

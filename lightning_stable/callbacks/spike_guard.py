@@ -23,8 +23,9 @@ from typing_extensions import override
 
 from lightning_stable.callbacks._gradients import GradientTransform, OptimizerStep
 from lightning_stable.callbacks._host import gradient_scaler
-from lightning_stable.callbacks._settings import check_choice, check_count, check_positive
 from lightning_stable.callbacks._snapshot import restore_snapshot, take_snapshot
+from lightning_stable.callbacks._worker_state import shows_own_gradients
+from lightning_stable.functional._settings import check_choice, check_count, check_positive
 from lightning_stable.functional._vectors import global_norm
 from lightning_stable.functional.spike_guard import (
     SpikeBandState,
@@ -116,9 +117,10 @@ class SpikeGuard(GradientTransform):
     and the data do not go back, so the batches of the spike are left out. Snapshots are part of checkpoints.
 
     Under half precision with a gradient scaler, gradients that are not finite are left to the scaler and not counted.
-    Processes decide alike. Logs the counts ``spike_guard/skipped``, ``spike_guard/clipped``, ``spike_guard/rewinds``,
-    the norm as ``spike_guard/norm`` and, once there is one, its limit as ``spike_guard/limit``, each optimizer under
-    its own name if there are several.
+    Processes decide alike, unless the strategy shows each process its own gradients, as those with local steps do: then
+    the norm, and what is done about it, is the process's own. Logs the counts ``spike_guard/skipped``,
+    ``spike_guard/clipped``, ``spike_guard/rewinds``, the norm as ``spike_guard/norm`` and, once there is one, its limit
+    as ``spike_guard/limit``, each optimizer under its own name if there are several.
 
     Args:
         action: ``"skip"`` or ``"clip"``.
@@ -131,11 +133,14 @@ class SpikeGuard(GradientTransform):
 
     Raises:
         ValueError: At construction for a value out of range; at the start of a fit for a sharded strategy, LBFGS, or
-            ``rewind_after`` with several optimizers; in training for sparse gradients.
+            ``rewind_after`` with several optimizers or a strategy that shows processes their own gradients; in training
+            for sparse gradients.
     """
 
     # For callbacks that would stop at such an update otherwise.
     skips_non_finite_updates = True
+    # Where each process sees its own gradients, it judges them by its own band until the next checkpoint.
+    takes_state_of_rank_zero = True
 
     def __init__(
         self,
@@ -192,6 +197,12 @@ class SpikeGuard(GradientTransform):
             raise ValueError(
                 f"SpikeGuard(rewind_after={self.rewind_after}) does not work with {len(trainer.optimizers)} "
                 "optimizers: the others would have gone on from what one goes back to. Set rewind_after=None."
+            )
+        if self.rewind_after is not None and shows_own_gradients(trainer):
+            raise ValueError(
+                f"SpikeGuard(rewind_after={self.rewind_after}) does not work with {type(trainer.strategy).__name__}: "
+                "each process sees its own gradients there, and one that went back alone would part from the others. "
+                "Set rewind_after=None: each process then skips or clips its own spikes."
             )
 
     @override
@@ -277,7 +288,7 @@ class SpikeGuard(GradientTransform):
         """Return the gradient norm, which has no limit if it is not watched, and the loss if that is."""
         read, loss, self._loss = [global_norm(step.gradients)], self._loss, None
         if loss is not None:
-            if step.trainer.world_size > 1:
+            if step.trainer.world_size > 1 and not shows_own_gradients(step.trainer):
                 loss = cast(Tensor, step.trainer.strategy.reduce(loss, reduce_op="mean"))
             read.append(loss.to(read[0]))
         values = dict(zip(("norm", "loss"), torch.stack(read).tolist(), strict=False))  # the host waits here

@@ -25,11 +25,11 @@ from lightning_stable.callbacks._gap_log import GapLog
 from lightning_stable.callbacks._gap_record import summary_table
 from lightning_stable.callbacks._gap_report import GapReport
 from lightning_stable.callbacks._host import refuse_sharded
-from lightning_stable.callbacks._settings import check_choice, check_count
 from lightning_stable.callbacks._task_evaluation import TaskEvaluation
 from lightning_stable.callbacks._task_gradients import gradient_parts
 from lightning_stable.callbacks._task_scores import TaskScore, refuse_own_steps
 from lightning_stable.callbacks._tasks import TaskClock
+from lightning_stable.functional._settings import check_choice, check_count
 
 __all__ = ["StabilityGap"]
 

@@ -24,7 +24,8 @@ from typing_extensions import override
 
 from lightning_stable.callbacks._gradients import GradientTransform, OptimizerStep
 from lightning_stable.callbacks._reports import report
-from lightning_stable.callbacks._settings import check_count, check_positive
+from lightning_stable.callbacks._worker_state import freezes_variance
+from lightning_stable.functional._settings import check_count, check_positive
 from lightning_stable.functional.stable_spam import (
     NORMS,
     StableSPAMInfo,
@@ -94,9 +95,9 @@ class StableSPAM(GradientTransform):
         log_every_n_steps: Updates from one log to the next.
 
     Raises:
-        ValueError: At construction for a value out of range; at the start of a fit for a sharded strategy, LBFGS, or
-            SGD without momentum where moments are to be reset; in training for sparse gradients, or an optimizer that
-            has none of ``reset_entries`` beside a step count.
+        ValueError: At construction for a value out of range; at the start of a fit for a sharded strategy, LBFGS, or,
+            where moments are to be reset, SGD without momentum or a strategy that freezes them; in training for sparse
+            gradients, or an optimizer that has none of ``reset_entries`` beside a step count.
     """
 
     def __init__(
@@ -147,6 +148,12 @@ class StableSPAM(GradientTransform):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        if self.reset_every_n_steps is not None and freezes_variance(trainer):
+            raise ValueError(
+                f"StableSPAM(reset_every_n_steps={self.reset_every_n_steps}) does not work with "
+                f"{type(trainer.strategy).__name__}, which freezes the variance that a reset would forget for good. "
+                "Set reset_every_n_steps=None."
+            )
         for optimizer in trainer.optimizers:
             bare = isinstance(optimizer, SGD) and not any(group["momentum"] for group in optimizer.param_groups)
             if bare and self.reset_every_n_steps is not None:
@@ -168,6 +175,15 @@ class StableSPAM(GradientTransform):
     @override
     def reset(self) -> None:
         self._tracks = {}
+
+    # ------------------------------------------------------------------ for strategies whose workers differ
+
+    # The counts of updates beside the averages.
+    takes_state_of_rank_zero = True
+
+    def worker_tensors(self) -> list[Tensor]:
+        """Return the running averages, those of each worker's own gradients."""
+        return [value for track in self._tracks.values() for value in track.state if value.is_floating_point()]
 
     # ------------------------------------------------------------------ helpers
 

@@ -8,6 +8,7 @@ from lightning_stable.cli.locate import (
     CommandError,
     Template,
     find_template,
+    list_scripts,
     list_templates,
     read_card,
     read_guide,
@@ -34,11 +35,11 @@ def print_list() -> None:
 
 
 def show(name: str) -> None:
-    """Print the card of a method, a guide, or the YAML of a recipe or an addon.
+    """Print the card of a method, a guide, the YAML of a recipe or an addon, or a script that starts a recipe.
 
     Args:
-        name: A method, guide, recipe or addon; ``addon:NAME`` and ``recipe:NAME`` name a template where a method has
-            the same name.
+        name: A method, guide, recipe, addon or script; ``addon:NAME`` and ``recipe:NAME`` name a template where a
+            method has the same name.
 
     Raises:
         CommandError: If there is nothing of that name; the message suggests the near ones.
@@ -53,11 +54,15 @@ def show(name: str) -> None:
     if name in GUIDES:
         _print_text(read_guide(name), "markdown")
         return
-    templates = {t.name: t for kind in reversed(FOLDERS) for t in list_templates(kind)}
-    if name not in templates:
-        known = [*templates, *GUIDES, *(method.name for method in METHODS)]
-        raise CommandError(f"There is no method, guide, recipe or addon {name!r}. {nearest(name, sorted(set(known)))}")
-    _print_text(templates[name].path.read_text(encoding="utf-8"), "yaml")
+    files = {t.name: (t.path, "yaml") for kind in reversed(FOLDERS) for t in list_templates(kind)}
+    files |= {path.name: (path, "bash") for path in list_scripts()}
+    if name not in files:
+        known = [*files, *GUIDES, *(method.name for method in METHODS)]
+        raise CommandError(
+            f"There is no method, guide, recipe, addon or script {name!r}. {nearest(name, sorted(set(known)))}"
+        )
+    path, language = files[name]
+    _print_text(path.read_text(encoding="utf-8"), language)
 
 
 def _print_text(text: str, language: str) -> None:

@@ -12,6 +12,7 @@ __all__ = [
     "CommandError",
     "Template",
     "find_template",
+    "list_scripts",
     "list_templates",
     "read_card",
     "read_guide",
@@ -69,6 +70,11 @@ def list_templates(kind: TemplateKind) -> list[Template]:
     """Return the packaged templates of one kind, sorted by name."""
     folder = _folder("templates", "templates") / FOLDERS[kind]
     return [Template(kind, path.stem, path) for path in sorted(folder.glob("*.yaml"))]
+
+
+def list_scripts() -> list[Path]:
+    """Return the packaged scripts that start a recipe on several machines, sorted by name."""
+    return sorted((_folder("templates", "templates") / "launch").glob("*.*"))
 
 
 def find_template(kind: TemplateKind, name: str) -> Template:

@@ -26,7 +26,7 @@ TRAINER_COMMANDS = {
 COMMANDS = {
     "run": "train a packaged recipe",
     "list": "list methods, recipes and addons",
-    "show": "print the card of a method, a guide, or a packaged config",
+    "show": "print the card of a method, a guide, or a packaged config or script",
     "plot": "draw the stability gap of a run",
     **TRAINER_COMMANDS,
 }
@@ -173,10 +173,11 @@ def _parser() -> _Parser:
     show = commands.add_parser(
         "show",
         help=COMMANDS["show"],
-        description="Print the card of a method, a guide, or the YAML of a recipe or an addon.",
+        description="Print the card of a method, a guide, the YAML of a recipe or an addon, or a script that starts a "
+        "recipe on several machines.",
     )
     show.add_argument(
-        "name", metavar="NAME", help="a method, guide, recipe or addon; addon:NAME where a method has that name"
+        "name", metavar="NAME", help="a method, guide, recipe, addon or script; addon:NAME where a method has that name"
     )
     plot = commands.add_parser(
         "plot",

@@ -4,9 +4,10 @@ import difflib
 import importlib
 import inspect
 import re
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from lightning_stable.cli.values import explain_value, inner_problem
+from lightning_stable.registry import METHODS
 
 __all__ = ["explain_interpolation", "explain_parsing", "is_bad_input", "root_error"]
 
@@ -22,8 +23,9 @@ _NO_CLASS = re.compile(
 _REQUIRED = re.compile(r"arguments are required: (?:\w+\.)?(?P<key>.+)")
 _RESOLVED = re.compile(r"resolved to '(?:fit|validate|test|predict)\.(?P<key>[^']+)'")
 
+_PARSER = "jsonargparse."
 # Where an exception about a bad value is raised on purpose, with a message made for the user.
-_TRUSTED = ("lightning_stable.", "lightning.", "jsonargparse.", "torch.optim.")
+_TRUSTED = ("lightning_stable.", "lightning.", _PARSER, "torch.optim.")
 
 
 def explain_parsing(message: str, command: str, known: list[str]) -> str:
@@ -54,6 +56,12 @@ def explain_parsing(message: str, command: str, known: list[str]) -> str:
             return f"{found['key']}: the class {found['path']} has no option {option['option']!r}. {hint}"
         return f"{found['key']}: problem with the class {found['path']}: {' '.join(problem.split())}"
     if found := no_class:
+        named = next((method.class_name for method in METHODS if method.name == found["name"].rstrip(".,")), None)
+        if named:
+            return (
+                f"{found['key']}: {named} goes by the name {found['name']!r} where no options follow. With options, or "
+                f"as a class_path, write {named}."
+            )
         return (
             f"{found['key']}: there is no class {found['name']!r}. Give its full path, as in package.module.Class; "
             f"the methods of 'lightning-stable list' go by their bare class names."
@@ -85,31 +93,54 @@ def explain_interpolation(message: str, full_key: str | None) -> str:
 def is_bad_input(error: BaseException) -> bool:
     """Return whether an exception says all in its message, so that its traceback would only hide it.
 
-    True for errors about values and settings that this package, the host or an optimizer raised; an error of the same
-    type from anywhere else may be a bug, and is shown in full.
+    True for errors about values and settings that this package, the host or an optimizer raised, and for those about
+    another process of the run, which tells its own reason; an error of the same type from anywhere else may be a bug,
+    and is shown in full.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    if not isinstance(error, (ValueError, FileNotFoundError, MisconfigurationException)):
+    from lightning_stable.strategies._workers import LostWorkerError
+
+    if not isinstance(error, (ValueError, FileNotFoundError, MisconfigurationException, LostWorkerError)):
         return False
+    if isinstance(error, LostWorkerError) and error.__cause__ is not None and error.__cause__.__context__ is not None:
+        return False  # it came up while an error of this process was dealt with, which is the one to show
     return _raised_in(error).startswith(_TRUSTED)
 
 
 def root_error(error: Exception) -> Exception:
     """Return the exception of a class's constructor, out of what the parser wraps around it."""
-    while isinstance(error.__cause__, Exception) and _raised_in(error).startswith("jsonargparse."):
-        error = error.__cause__
+    while _raised_in(error).startswith(_PARSER):
+        inner = _of_the_class(error) or error.__cause__
+        if not isinstance(inner, Exception):
+            break
+        error = inner
     return error
+
+
+def _of_the_class(error: Exception) -> Exception | None:
+    """Return the exception of a class that stands where other types may stand, too.
+
+    The parser tries one type after the other, and names as the cause what the first one said, which is not the class.
+    """
+    frame = _raising_frame(error)
+    tried = frame.f_locals.get("exceptions") if frame is not None else None
+    found = [each for each in tried if isinstance(each, Exception)] if isinstance(tried, list) else []
+    return next((each for each in found if not _raised_in(each).startswith(_PARSER)), None)
 
 
 def _raised_in(error: BaseException) -> str:
     """Return the name of the module that raised an exception."""
+    frame = _raising_frame(error)
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
+
+
+def _raising_frame(error: BaseException) -> FrameType | None:
+    """Return the frame that an exception was raised in."""
     trace: TracebackType | None = error.__traceback__
-    module = ""
-    while trace is not None:
-        module = trace.tb_frame.f_globals.get("__name__", "")
+    while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return module
+    return None if trace is None else trace.tb_frame
 
 
 def _suggest(name: str, candidates: list[str], otherwise: str) -> str:

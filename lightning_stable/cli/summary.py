@@ -1,4 +1,4 @@
-"""What a training run says at its end: a table of its budgets, a picture, and where its files are."""
+"""What a training run says at its end: a table of its budgets or what was measured last, a picture, its files."""
 
 import csv
 import math
@@ -14,7 +14,16 @@ from lightning_stable.callbacks.stability_gap import StabilityGap
 from lightning_stable.callbacks.wsd import WarmupStableDecay
 from lightning_stable.cli.locate import short_path
 
-__all__ = ["LIVE", "BudgetRow", "Metrics", "budget_rows", "print_summary", "read_metrics", "validation_metrics"]
+__all__ = [
+    "LIVE",
+    "BudgetRow",
+    "Metrics",
+    "budget_rows",
+    "last_validation",
+    "print_summary",
+    "read_metrics",
+    "validation_metrics",
+]
 
 LIVE = "_live"
 
@@ -84,8 +93,24 @@ def budget_rows(metrics: Metrics, budgets: list[int], folders: list[Path], late:
     return rows
 
 
+def last_validation(metrics: Metrics, late: int = 0) -> str:
+    """Return a line with what the last validation measured; nothing where there was none.
+
+    Args:
+        metrics: The run's log.
+        late: By how many steps the log's numbers are too high, as they are after some resumes.
+    """
+    names = validation_metrics(metrics)
+    if not names:
+        return ""
+    last = max(metrics[name][-1][0] for name in names)
+    values = [f"{name} {metrics[name][-1][1]:.4f}" for name in names if metrics[name][-1][0] == last]
+    # The host counts from zero, as in budget_rows.
+    return f"Last validation, at step {last + 1 - late}: {', '.join(values)}\n"
+
+
 def print_summary(trainer: Trainer, folder: Path) -> None:
-    """Print the table of budgets, write the picture, and name the run's folder and other pictures.
+    """Print the table of budgets or the last validation, write the picture, and name the folder and other pictures.
 
     Args:
         trainer: A Trainer whose fit is over. Nothing is printed after ``fast_dev_run``, which keeps no files.
@@ -98,6 +123,8 @@ def print_summary(trainer: Trainer, folder: Path) -> None:
     budgets = _budgets(trainer)
     if metrics and budgets:
         _print_table(budget_rows(metrics, budgets, _checkpoint_folders(trainer, folder), _late(trainer)))
+    elif not any(isinstance(callback, StabilityGap) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        sys.stdout.write(last_validation(metrics, _late(trainer)))
     if metrics:
         _write_picture(metrics, folder / "training.png", budgets)
     elif not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):

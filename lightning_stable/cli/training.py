@@ -14,6 +14,7 @@ Four things are added to the host's command line:
 
 import itertools
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -21,7 +22,10 @@ from typing import Any, NoReturn, cast
 
 import jsonargparse
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # exported, but by a computed __all__
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
@@ -34,6 +38,9 @@ from lightning_stable.registry import METHODS, load_class, nearest
 __all__ = ["DEFAULT_SEED", "StableCLI", "interval", "marks", "share", "shares", "train"]
 
 DEFAULT_SEED = 0
+
+# How long the other processes of a run that is over may take to end.
+_SECONDS_TO_END = 300
 
 
 def share(total: int | None, fraction: float) -> int:
@@ -104,7 +111,7 @@ class StableCLI(LightningCLI):
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         _register_resolvers()
-        for method in METHODS:  # an imported class goes by its bare name in configs
+        for method in METHODS:  # an imported class goes by its bare name in configs, a strategy by its own name too
             load_class(method)
         super().__init__(
             args=args,
@@ -145,9 +152,10 @@ class StableCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        given = [
-            callback["class_path"].rpartition(".")[2] for callback in self._get(self.config, "trainer").callbacks or []
-        ]
+        trainer = self._get(self.config, "trainer")
+        if isinstance(trainer.strategy, str):
+            trainer.strategy = _strategy_name(trainer.strategy)
+        given = [callback["class_path"].rpartition(".")[2] for callback in trainer.callbacks or []]
         for method in METHODS:
             if given.count(method.class_name) > 1:
                 raise CommandError(
@@ -169,6 +177,23 @@ class StableCLI(LightningCLI):
             return message
         known = [action.dest for action in parsers[command]._actions]
         return explain_parsing(message, command, known)
+
+
+def _strategy_name(given: str) -> str:
+    """Return the registered name of a strategy that is given by its name or, without options, by its bare class.
+
+    Raises:
+        CommandError: If there is none; the message suggests the near ones.
+    """
+    classes = {method.class_name: method.name for method in METHODS if method.kind == "strategy"}
+    name = classes.get(given, given)
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if name.lower() not in known:
+        raise CommandError(
+            f"trainer.strategy: there is no strategy {given!r}. {nearest(given.lower(), known)} A class of your own "
+            "goes by its full path, as in package.module.Class."
+        )
+    return name
 
 
 def _refuse_unused_variables(args: list[str]) -> None:
@@ -205,7 +230,7 @@ def train(args: list[str], *, debug: bool = False) -> int:
         debug: Let every exception through, with its traceback.
 
     Returns:
-        The exit code: 0, or 1 after an error that was printed.
+        The exit code: 0, or 1 after an error that was printed, or if another process of the run failed.
 
     Raises:
         CommandError: If an option, a key or a reference is wrong.
@@ -219,15 +244,37 @@ def train(args: list[str], *, debug: bool = False) -> int:
         # An optimizer in a config is asked for, in place of the module's own.
         warnings.filterwarnings("ignore", message=".*configure_optimizers` will be overridden by.*")
         try:
-            StableCLI(args)
+            return _failed_processes(StableCLI(args).trainer)
         except CommandError:
             raise
         except Exception as error:
             root = root_error(error)
-            if debug:
+            if debug or (root is error and not is_bad_input(error)):
                 raise
             if not is_bad_input(root):
                 raise root from None
-            sys.stderr.write(f"lightning-stable: error: {root} (The traceback: --debug.)\n")
+            # Each process of a run has its own reason to fail, and says it; the same one is told apart by its rank.
+            rank = getattr(rank_zero_only, "rank", 0)
+            place = f" on rank {rank}" if rank else ""
+            sys.stderr.write(f"lightning-stable: error{place}: {root} (The traceback: --debug.)\n")
             return 1
-    return 0
+
+
+def _failed_processes(trainer: Trainer) -> int:
+    """Wait until the processes that the host started beside this one are over; return 1 if one of them failed.
+
+    The host does not wait: a run whose last rank fails at the very end would count as done.
+    """
+    launcher: Any = trainer.strategy.launcher
+    started = [process for process in getattr(launcher, "procs", []) if isinstance(process, subprocess.Popen)]
+    failed = 0
+    for rank, process in enumerate(started, 1):
+        try:
+            code = process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        if code:
+            sys.stderr.write(f"lightning-stable: error: the process of rank {rank} ended with exit code {code}.\n")
+            failed = 1
+    return failed

@@ -23,7 +23,7 @@ class CliModule(LightningModule):
         return loss
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.layer(batch[0]).pow(2).mean())
+        self.log("val_loss", self.layer(batch[0]).pow(2).mean(), sync_dist=True)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)

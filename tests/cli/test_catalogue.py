@@ -7,7 +7,7 @@ import pytest
 
 import lightning_stable
 from lightning_stable.cli import locate
-from lightning_stable.cli.locate import list_templates, read_card
+from lightning_stable.cli.locate import list_scripts, list_templates, read_card
 from lightning_stable.cli.main import COMMANDS, main
 from lightning_stable.registry import METHODS
 
@@ -71,11 +71,27 @@ def test_show_prints_a_template(name, kind, capsys):
     assert capsys.readouterr().out == template.path.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("script", list_scripts(), ids=lambda path: path.name)
+def test_show_prints_a_script(script, capsys):
+    assert main(["show", script.name]) == 0
+    assert capsys.readouterr().out == script.read_text(encoding="utf-8")
+
+
+def test_the_recipe_for_several_machines_says_how_to_start_it(capsys):
+    assert main(["show", "co2_multi_node"]) == 0
+    out = capsys.readouterr().out
+    scripts = [script.name for script in list_scripts() if script.stem == "co2_multi_node"]
+    assert scripts == ["co2_multi_node.sh", "co2_multi_node.slurm"]
+    for script in scripts:
+        assert f"#   lightning-stable show {script} > {script}\n" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["lst"], ["'lst'", "'list'"]),
         (["show", "wsdd"], ["'wsdd'", "'wsd'"]),
+        (["show", "co2_multi_node.slrm"], ["script", "'co2_multi_node.slurm'"]),
         (["show", "addon:emaa"], ["addon 'emaa'", "'ema'"]),
         (["show"], ["NAME", "show --help"]),
         (["show", "wsd", "more"], ["more"]),

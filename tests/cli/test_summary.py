@@ -8,7 +8,7 @@ import torch
 
 from lightning_stable.cli.main import main
 from lightning_stable.cli.picture import draw_training
-from lightning_stable.cli.summary import budget_rows, read_metrics, validation_metrics
+from lightning_stable.cli.summary import budget_rows, last_validation, read_metrics, validation_metrics
 
 LOG = """\
 epoch,step,lr-AdamW,train_loss,val_accuracy,val_accuracy_live,val_loss,val_loss_live,wsd/phase
@@ -46,6 +46,16 @@ def test_rows_hold_what_was_measured_at_the_budget(metrics, tmp_path):
     assert third.values["val_loss"] == 0.25
     (shifted,) = budget_rows(metrics, [19], [], late=1)
     assert shifted.values["val_loss"] == 0.25, "after a resume the log's numbers are one too high"
+
+
+def test_the_last_validation_is_a_line(metrics):
+    line = "Last validation, at step 20: val_accuracy 0.8750, val_accuracy_live 0.7500, val_loss 0.2500, "
+    assert last_validation(metrics) == line + "val_loss_live 0.3750\n"
+    assert last_validation({"val_loss": [(9, 0.5)], "val_accuracy": [(4, 0.25)]}) == (
+        "Last validation, at step 10: val_loss 0.5000\n"
+    )
+    assert "at step 19:" in last_validation(metrics, late=1)
+    assert last_validation({"train_loss": metrics["train_loss"]}) == ""
 
 
 @pytest.mark.parametrize(

@@ -103,4 +103,14 @@ def check_card(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def _arguments(row: Row) -> list[str]:
     module, _, name = row.class_path.rpartition(".")
-    return [argument for argument in inspect.signature(resolve(f"{module}:{name}")).parameters if argument != "self"]
+    plugin = resolve(f"{module}:{name}")
+    arguments: dict[str, None] = {}
+    for kind in plugin.__mro__:
+        # What a class passes on to its base is a setting of the base, up to the host's own.
+        if kind.__module__.partition(".")[0] != module.partition(".")[0] or "__init__" not in vars(kind):
+            continue
+        parameters = inspect.signature(kind).parameters.values()
+        arguments |= dict.fromkeys(each.name for each in parameters if each.kind != each.VAR_KEYWORD)
+        if not any(each.kind == each.VAR_KEYWORD for each in parameters):
+            break
+    return list(arguments)

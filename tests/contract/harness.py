@@ -1,25 +1,58 @@
-"""What the contracts run on: modules of several kinds on a deterministic stream, runs that compare bit by bit.
+"""What the contracts run: fits on a deterministic stream that compare bit by bit, in one process or in two.
 
-Nothing here knows a method by name. Weights and rates are recorded inside the optimizer, so that an oracle sees what
-training did without trusting any hook.
+Nothing here knows a method by name.
 """
 
 import copy
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from contract.feeding import Feeder, is_metric, place, without_metric
-from contract.streams import BATCHES, FEATURES, EndlessStream, Stream
+from contract.modules import (
+    MODULES,
+    OUTPUTS,
+    AdamNet,
+    DictNet,
+    ManualNet,
+    Net,
+    PlainBoring,
+    Step,
+    TwoOptimizerNet,
+)
+from contract.streams import BATCHES, EndlessStream, Stream
+from contract.workers import processes
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
+
+__all__ = [
+    "BATCHES",
+    "MODULES",
+    "OUTPUTS",
+    "QUIET",
+    "AdamNet",
+    "AskAt",
+    "DictNet",
+    "EndlessStream",
+    "ManualNet",
+    "MemoryLogger",
+    "Net",
+    "PlainBoring",
+    "Run",
+    "SaveAt",
+    "Step",
+    "Stream",
+    "TwoOptimizerNet",
+    "assert_same",
+    "attach",
+    "differences",
+    "entries_so_far",
+    "fit",
+]
 
 # Settings of a Trainer in a test: one process on the CPU, no files, no output, no other order than the stream's.
 QUIET: dict[str, Any] = {
@@ -29,198 +62,6 @@ QUIET: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
     "use_distributed_sampler": False,
-}
-# Their sum with changing signs, scaled as if there were one, is the prediction: what lowers the loss moves a
-# distribution over them, which can also move when the loss does not.
-OUTPUTS = 3
-
-
-class Step(NamedTuple):
-    """What one optimizer step did."""
-
-    rates: list[float]
-    before: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-    weights: dict[str, Tensor]
-
-
-class Recording(torch.optim.Optimizer):
-    """An optimizer that remembers every step it takes; the other base says which steps."""
-
-    def watch(self, module: nn.Module, steps: list[Step]) -> "Recording":
-        """Remember what happens to this module, in this list."""
-        self.module = module
-        self.steps = steps
-        self.unclipped: dict[str, Tensor] = {}
-        return self
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        before = _copies(self.module)
-        result = super().step(closure)
-        rates = [float(group["lr"]) for group in self.param_groups]
-        self.steps.append(Step(rates, before, self.unclipped, _copies(self.module)))
-        return result
-
-
-class RecordingSGD(Recording, torch.optim.SGD):
-    pass
-
-
-class RecordingAdam(Recording, torch.optim.Adam):
-    pass
-
-
-class Calls:
-    """Counts each kind of step at each optimizer step, in an object: a plugin may put a module's attributes back."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[tuple[str, int]] = Counter()
-
-
-class Net(LightningModule):
-    """A small regressor with batch norm and, if asked, dropout; two parameter groups of different rates.
-
-    Attributes:
-        fail_at: A kind of step, an optimizer step and, if it is not the first, the number of the call within that step
-            in which a failure comes.
-    """
-
-    def __init__(self, dropout: float = 0.0, norm: bool = True, rates: tuple[float, float] = (0.05, 0.02)) -> None:
-        super().__init__()
-        torch.manual_seed(7)
-        self.body = nn.Sequential(
-            nn.Linear(FEATURES, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh(), nn.Dropout(dropout)
-        )
-        self.head = nn.Linear(8, OUTPUTS)
-        self.rates = rates
-        self.steps: list[Step] = []
-        self.fail_at: tuple[str, int] | tuple[str, int, int] | None = None
-        self.step_calls = Calls()
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs = self.head(self.body(x))
-        return (outputs[:, ::2].sum(1, keepdim=True) - outputs[:, 1::2].sum(1, keepdim=True)) / OUTPUTS**0.5
-
-    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = batch
-        return nn.functional.mse_loss(self(x), y)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
-        self._maybe_fail("train")
-        loss = self.loss(batch)
-        self.log("train_loss", loss, sync_dist=True)
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._maybe_fail("validate")
-        self.log("val_loss", self.loss(batch), batch_size=len(batch[0]), sync_dist=True)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._maybe_fail("test")
-        self.log("test_loss", self.loss(batch), batch_size=len(batch[0]), sync_dist=True)
-
-    def on_after_backward(self) -> None:
-        self._maybe_fail("backward")
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Callbacks have run, clipping has not: what a gradient transform leaves and an average may look at.
-        recording = getattr(optimizer, "optimizer", optimizer)
-        recording.unclipped = {n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None}
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups = [
-            {"params": list(self.body.parameters()), "lr": self.rates[0]},
-            {"params": list(self.head.parameters()), "lr": self.rates[1]},
-        ]
-        # The same list over several fits: what was recorded outlives the Trainer's optimizers.
-        return RecordingSGD(groups, momentum=0.9).watch(self, self.steps)
-
-    def _maybe_fail(self, where: str) -> None:
-        if self.trainer.sanity_checking:
-            return
-        now = where, self.trainer.global_step
-        self.step_calls.counts[now] += 1
-        place, step, call = (*(self.fail_at or ("", 0)), 1)[:3]
-        if (place, step) == now and self.step_calls.counts[now] >= call:
-            raise RuntimeError("deliberate failure in the middle of training")
-
-
-class DictNet(Net):
-    """Returns a dictionary from its steps."""
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
-        return {"loss": super().training_step(batch, batch_idx), "extra": batch[0].mean()}
-
-
-class AdamNet(Net):
-    """Trains with Adam, at one rate."""
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return RecordingAdam(self.parameters(), lr=0.01).watch(self, self.steps)
-
-
-class ManualNet(Net):
-    """Steps one optimizer itself."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
-        optimizer = self.optimizers()
-        loss = self.loss(batch)
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        self.log("train_loss", loss)
-
-
-class TwoOptimizerNet(Net):
-    """Steps two optimizers itself, which Lightning has under manual optimisation only."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
-        for optimizer in self.optimizers():
-            loss = self.loss(batch)
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
-
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(part.parameters(), lr=0.05, momentum=0.5) for part in (self.body, self.head)]
-
-
-class PlainBoring(BoringModel):
-    """Lightning's own example module, without its scheduler, and with epochs as short as those of the others.
-
-    Batches of one sample let its loss jump; the rate is such that it does not diverge of itself.
-    """
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(RandomDataset(32, BATCHES))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.04, momentum=0.5)
-
-
-class Case(NamedTuple):
-    """A module and its loaders; ``None`` leaves the loaders to the module."""
-
-    module: LightningModule
-    train: Any
-    validation: Any
-
-
-MODULES: dict[str, Callable[[], Case]] = {
-    "boring": lambda: Case(PlainBoring(), None, None),
-    "dict": lambda: Case(DictNet(), Stream(), Stream(2, seed=5)),
-    "manual": lambda: Case(ManualNet(), Stream(), Stream(2, seed=5)),
-    "two optimizers": lambda: Case(TwoOptimizerNet(), Stream(), Stream(2, seed=5)),
-    "iterable": lambda: Case(Net(), DataLoader(EndlessStream(), batch_size=None), Stream(2, seed=5)),
-    "no validation": lambda: Case(Net(), Stream(), None),
 }
 
 
@@ -343,7 +184,8 @@ def fit(
     module = Net() if module is None else module
     logger = MemoryLogger()
     if trainer is None:
-        defaults = {**QUIET, "devices": 1, "logger": logger, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
+        defaults = {**QUIET, "devices": processes(), "logger": logger, "log_every_n_steps": 1}
+        defaults["num_sanity_val_steps"] = 0
         trainer = Trainer(**attach(plugins, {**defaults, **settings}, module, resumed=ckpt_path is not None))
     if own_loaders:
         trainer.fit(module, ckpt_path=ckpt_path)
@@ -391,7 +233,3 @@ def _tensor_differences(left: Tensor, right: Tensor, path: str, tolerance: float
     if same:
         return []
     return [f"{path}: differs by {(left.double() - right.double()).abs().max():.3g}"]
-
-
-def _copies(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}

@@ -26,6 +26,7 @@ from contract.harness import (
     fit,
 )
 from contract.rows import CUT, STEPS, Row
+from contract.workers import of_all_ranks, of_rank_zero, processes
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
@@ -43,11 +44,20 @@ _VALIDATION: dict[str, dict[str, Any]] = {"epoch end": {"val_check_interval": 1.
 
 
 def check_resume(
-    row: Row, tmp_path: Path, company: tuple[Row, ...] = (), moment: str = "batch end", **settings: Any
+    row: Row,
+    tmp_path: Path,
+    company: tuple[Row, ...] = (),
+    moment: str = "batch end",
+    cut: int | None = None,
+    rounds: bool = False,
+    **settings: Any,
 ) -> None:
-    """N + M steps equal N steps, a checkpoint, and M steps with new or with used objects, bit by bit."""
-    cut = MOMENTS[moment]
-    path = Path(tempfile.mkdtemp(dir=tmp_path)) / f"step={cut}.ckpt"
+    """N + M steps equal N steps, a checkpoint, and M steps with new or with used objects, bit by bit.
+
+    Where saving is the end of a round, as a row or ``rounds`` may say, the run to be equal to saves at the same step.
+    """
+    cut = MOMENTS[moment] if cut is None else cut
+    path = Path(of_rank_zero(tempfile.mkdtemp(dir=tmp_path))) / f"step={cut}.ckpt"
 
     def plugins() -> list[Any]:
         return [member.settings.make() for member in (row, *company)]
@@ -58,10 +68,12 @@ def check_resume(
         common = {"max_steps": STEPS, **_VALIDATION.get(moment, {"val_check_interval": 4}), **saving, **settings}
         return fit([*objects, *others], validation=Stream(2, seed=5), **common, **more)
 
-    straight = run(plugins())
     saver = _saver(moment, cut, path)
     again = run(plugins(), saver)
-    assert_same(again.snapshot()["weights"], straight.snapshot()["weights"], "saving a checkpoint changed training")
+    straight = again
+    if not rounds and not any(member.has_rounds for member in (row, *company)):
+        straight = run(plugins())
+        assert_same(again.snapshot()["weights"], straight.snapshot()["weights"], "saving a checkpoint changed training")
     assert len(straight.steps) == STEPS, f"the run took {len(straight.steps)} optimizer steps, not {STEPS}"
     assert path.exists(), f"nothing was saved at {moment} of step {cut}"
 
@@ -75,13 +87,18 @@ def check_resume(
     expected = _comparable(straight, skip=cut, plugins=size, numbered=numbered)
     resumed = _comparable(run(plugins(), *others, ckpt_path=str(path)), plugins=size, numbered=numbered)
     assert_same(resumed, expected, "resumed run against uninterrupted run")
-
     used = plugins()
+    if any(isinstance(plugin, Strategy) for plugin in used):
+        return  # it belongs to its Trainer: the host refuses it in another one
+
     run(used, module=Net(rates=(0.03, 0.01)))
-    # A strategy belongs to its Trainer: the host refuses it in another one.
-    used = [new if isinstance(old, Strategy) else old for old, new in zip(used, plugins(), strict=True)]
     resumed = _comparable(run(used, *others, ckpt_path=str(path)), plugins=size, numbered=numbered)
     assert_same(resumed, expected, "run resumed with used objects against uninterrupted run")
+
+
+def _for_another_trainer(used: list[Any], new: list[Any]) -> list[Any]:
+    """Return used objects, and a new one in the place of a strategy: it belongs to its Trainer."""
+    return [other if isinstance(one, Strategy) else one for one, other in zip(used, new, strict=True)]
 
 
 class _SaveEpoch(ModelCheckpoint):
@@ -134,21 +151,27 @@ class _FailsAtBatchEnd(Callback):
 def check_exception(row: Row, where: str, tmp_path: Path) -> None:
     """After a failure in a pass of training or validation nothing of the plugin is left, and the module trains on."""
 
-    def trainer_of(plugin: Any, module: LightningModule) -> Trainer:
+    def trainer_of(plugin: Any, module: LightningModule, others: list[Callback]) -> Trainer:
         # What was asked for a step before has to be over, too.
         objects = [*others, plugin, *_asking(row, plugin, CUT - 1)]
-        settings = {**QUIET, "devices": 1, "max_steps": STEPS, "val_check_interval": 2, "num_sanity_val_steps": 0}
+        settings = {
+            **QUIET,
+            "devices": processes(),
+            "max_steps": STEPS,
+            "val_check_interval": 2,
+            "num_sanity_val_steps": 0,
+        }
         return Trainer(**attach(objects, settings, module))
 
     module, plugin = DictNet(), row.settings.make()
-    others = [_FailsAtBatchEnd()] if where == "batch end" else []
-    trainer = trainer_of(plugin, module)
+    trainer = trainer_of(plugin, module, [_FailsAtBatchEnd()] if where == "batch end" else [])
     place, _, last = where.partition(", ")
     module.fail_at = (place, CUT)
+    whole = DictNet()
+    if last or row.has_rounds:
+        trainer_of(row.settings.make(), whole, []).fit(whole, Stream(), Stream(2, seed=5))
     if last:
         # How many calls there are, a run without a failure says.
-        whole = DictNet()
-        trainer_of(row.settings.make(), whole).fit(whole, Stream(), Stream(2, seed=5))
         module.fail_at = (place, CUT, whole.step_calls.counts[place, CUT])
     run = Run(None, module, [plugin])
     hooks = _hooks(module)
@@ -156,23 +179,23 @@ def check_exception(row: Row, where: str, tmp_path: Path) -> None:
         trainer.fit(module, Stream(), Stream(2, seed=5))
     assert len(run.steps) == CUT, f"the failure came after {len(run.steps)} steps, not {CUT}"
     _assert_nothing_left(module, trainer, hooks)
-    now = {name: value.detach() for name, value in module.named_parameters()}
-    assert_same(now, run.steps[-1].weights, "weights after the exception against the live ones")
+    # A strategy may have exchanged weights since the last step.
+    live = whole.steps[CUT].before if row.has_rounds else run.steps[-1].weights
+    now = {name: value.detach().clone() for name, value in module.named_parameters()}
+    assert_same(now, live, "weights after the exception against the live ones")
 
     module.fail_at = None
     # The host leaves a module whose validation failed in eval mode, with or without a plugin.
     module.train()
     on = fit([], module=module, max_steps=3)
     assert len(on.steps) == CUT + 3
-    assert_same(on.steps[CUT].before, run.steps[CUT - 1].weights, "the module that trains on")
+    assert_same(on.steps[CUT].before, of_rank_zero(now), "the module that trains on")
     assert is_finite(module), "weights are not finite after training on"
     _assert_as_new(row, plugin, "an object that saw a failure")
 
 
 def check_leftovers(row: Row, other: Row) -> None:
     """After a fit and after failures nothing is left of two plugins in one Trainer, whichever is undone first."""
-    if any(isinstance(member.settings.make(), Strategy) for member in (row, other)):
-        return  # where a strategy wraps the module, the host itself leaves ``forward`` redirected
     whole = _assert_leaves_nothing(row, other, None)
     calls = {1, whole.step_calls.counts["train", 2]}
     for call in sorted(calls):
@@ -184,7 +207,7 @@ def _assert_leaves_nothing(row: Row, other: Row, fail_at: tuple[str, int, int] |
     module = DictNet()
     module.fail_at = fail_at
     plugins = [row.settings.make(), other.settings.make()]
-    trainer = Trainer(**attach(plugins, {**QUIET, "devices": 1, "max_steps": STEPS}, module))
+    trainer = Trainer(**attach(plugins, {**QUIET, "devices": processes(), "max_steps": STEPS}, module))
     hooks = _hooks(module)
     with pytest.raises(RuntimeError, match="deliberate failure") if fail_at else nullcontext():
         trainer.fit(module, Stream())
@@ -196,8 +219,10 @@ def check_failing_test(row: Row, tmp_path: Path) -> None:
     """A test that fails after a fit leaves the module's weights as they were, in the same and in a new Trainer."""
     plugin = row.settings.make()
     run = fit([plugin], validation=Stream(2, seed=5), max_steps=STEPS)
-    before = copy.deepcopy(run.module.state_dict())
-    new = Trainer(**attach([plugin], {**QUIET, "devices": 1}, run.module))
+    # The host lets all processes test with the buffers of rank 0.
+    before = of_rank_zero(copy.deepcopy(run.module.state_dict()))
+    (again,) = _for_another_trainer([plugin], [row.settings.make()])
+    new = Trainer(**attach([again], {**QUIET, "devices": processes()}, run.module))
     for trainer, which in ((run.trainer, "the same Trainer"), (new, "a new Trainer")):
         run.module.fail_at = ("test", trainer.global_step)
         with pytest.raises(RuntimeError, match="deliberate failure"):
@@ -212,8 +237,14 @@ def _asking(row: Row, plugin: Any, step: int) -> list[Callback]:
 
 
 def _assert_as_new(row: Row, plugin: Any, what: str) -> None:
-    """Fail if a used object trains another module otherwise than a fresh object."""
-    used = fit([plugin], validation=Stream(2, seed=5), max_steps=STEPS)
+    """Fail if a used object trains another module otherwise than a fresh object.
+
+    A strategy is not used again: that a fresh one trains in the same process has to be enough.
+    """
+    used = fit(_for_another_trainer([plugin], [row.settings.make()]), validation=Stream(2, seed=5), max_steps=STEPS)
+    if isinstance(plugin, Strategy):
+        assert len(used.steps) == STEPS, f"{what} took {len(used.steps)} steps, not {STEPS}"
+        return
     fresh = fit([row.settings.make()], validation=Stream(2, seed=5), max_steps=STEPS)
     assert_same(used.snapshot(), fresh.snapshot(), f"{what} on another module against a fresh object")
 
@@ -229,15 +260,20 @@ def _assert_nothing_left(module: LightningModule, trainer: Trainer, hooks: dict[
     # Every metric of torchmetrics wraps its own methods.
     parts = [part for part in module.modules() if not isinstance(part, Metric)]
     for target in (*parts, trainer, trainer.strategy, trainer.precision_plugin, *trainer.optimizers):
-        wrapped = [
-            name
-            for name, value in vars(target).items()
-            if callable(value) and callable(getattr(type(target), name, None)) and not isinstance(value, type)
-        ]
+        wrapped = [name for name, value in vars(target).items() if _is_wrap(target, name, value)]
         assert not wrapped, f"{type(target).__name__} still has wrapped methods: {wrapped}"
     for optimizer in trainer.optimizers:
         left = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
         assert not left, f"the optimizer still has hooks: {left}"
+
+
+def _is_wrap(target: Any, name: str, value: Any) -> bool:
+    """Tell whether an attribute of an object hides a method of its class."""
+    own = getattr(type(target), name, None)
+    # Where a strategy wraps the module, the host itself leaves the very method as an attribute.
+    return (
+        callable(value) and callable(own) and not isinstance(value, type) and getattr(value, "__func__", 0) is not own
+    )
 
 
 def is_finite(module: LightningModule) -> bool:
@@ -251,6 +287,10 @@ def check_reuse(row: Row, tmp_path: Path) -> None:
     """One object serves a second fit with the same and with a new Trainer, fast_dev_run and overfit_batches."""
     plugin = row.settings.make()
     module = Net()
+
+    def again() -> list[Any]:
+        return _for_another_trainer([plugin], [row.settings.make()])
+
     first = fit([plugin], module=module, validation=Stream(2, seed=5), max_steps=STEPS)
     _assert_trained(first.steps[:STEPS], module, "first fit")
 
@@ -259,16 +299,16 @@ def check_reuse(row: Row, tmp_path: Path) -> None:
     assert len(module.steps) == 2 * STEPS, f"the same Trainer took {len(module.steps) - STEPS} more steps, not {STEPS}"
     _assert_trained(module.steps[STEPS:], module, "second fit, same Trainer")
 
-    fit([plugin], module=module, validation=Stream(2, seed=5), max_steps=STEPS)
+    fit(again(), module=module, validation=Stream(2, seed=5), max_steps=STEPS)
     assert len(module.steps) == 3 * STEPS, f"a new Trainer took {len(module.steps) - 2 * STEPS} steps, not {STEPS}"
     _assert_trained(module.steps[2 * STEPS :], module, "third fit, new Trainer")
 
     _assert_as_new(row, plugin, "a used object")
     _check_validation_between(row, tmp_path)
 
-    smoke = fit([plugin], validation=Stream(2, seed=5), fast_dev_run=BATCHES)
+    smoke = fit(again(), validation=Stream(2, seed=5), fast_dev_run=BATCHES)
     _assert_trained(smoke.steps, smoke.module, "fast_dev_run")
-    over = fit([plugin], validation=Stream(2, seed=5), overfit_batches=3, max_steps=STEPS)
+    over = fit(again(), validation=Stream(2, seed=5), overfit_batches=3, max_steps=STEPS)
     _assert_trained(over.steps, over.module, "overfit_batches")
 
 
@@ -277,7 +317,8 @@ def _check_validation_between(row: Row, tmp_path: Path) -> None:
     plugin, path = row.settings.make(), tmp_path / "between.ckpt"
     savers = [*_asking(row, plugin, CUT - 1), SaveAt(CUT, str(path))]
     first = fit([plugin, *savers], validation=Stream(2, seed=5), max_steps=STEPS)
-    trainer = Trainer(**attach([plugin], {**QUIET, "devices": 1}, first.module))
+    again = _for_another_trainer([plugin], [row.settings.make()])
+    trainer = Trainer(**attach(again, {**QUIET, "devices": processes()}, first.module))
     trainer.validate(first.module, Stream(2, seed=5), ckpt_path=str(path), verbose=False)
     _assert_as_new(row, plugin, "an object that validated a checkpoint")
 
@@ -288,9 +329,10 @@ def _assert_trained(steps: list[Step], module: LightningModule, what: str) -> No
     assert is_finite(module), f"{what}: weights are not finite"
     end = {name: value.detach() for name, value in module.named_parameters()}
     assert differences(end, steps[0].before), f"{what}: training was discarded, the weights are those it began with"
-    # Averages, merges and the like stay within the region that training went through.
+    # Averages, merges and the like stay within the region that training, of all processes, went through.
+    everyones = [each for own in of_all_ranks([steps[0].before, *(step.weights for step in steps)]) for each in own]
     for name, value in end.items():
-        seen = torch.stack([steps[0].before[name], *(step.weights[name] for step in steps)])
+        seen = torch.stack([weights[name] for weights in everyones])
         reach = seen.amax(0) - seen.amin(0)
         outside = (value > seen.amax(0) + reach + 1e-6) | (value < seen.amin(0) - reach - 1e-6)
         assert not bool(outside.any()), f"{what}: {name} ends far from where this fit trained it"

@@ -40,6 +40,27 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class StrategySettings(Settings):
+    """What the contracts need to know about a strategy, whose effect shows in two processes alone.
+
+    Its identities are compared with the host's DDP in two processes.
+
+    Attributes:
+        alone: The strategy at settings with which a single process trains as without it.
+        rounds: Workers' weights differ between exchanges. A checkpoint is the end of a round, which changes training.
+        saves: It has a state of its own, which is in the checkpoint under its class name.
+        tolerance: How far an identity may be from DDP, which may add up in another order.
+        optimizer: What modules train with: ``"sgd"`` or ``"adam"``.
+    """
+
+    alone: tuple[Callable[[], Any], ...] = ()
+    rounds: bool = False
+    saves: bool = True
+    tolerance: float = 0.0
+    optimizer: str = "sgd"
+
+
+@dataclass(frozen=True)
 class Row:
     """A method under contract.
 
@@ -47,7 +68,8 @@ class Row:
         name: The one name of the method.
         class_path: Dotted path of its class.
         settings: What the contracts need to know about it.
-        kind: What the class plugs into: a metric is a part of the module, the rest a Trainer takes.
+        kind: What the class plugs into: a metric is a part of the module, the rest a Trainer takes. Strategies are
+            under contract in two processes.
         addons: Its addon templates.
         card: Its card.
     """
@@ -62,6 +84,11 @@ class Row:
     @property
     def class_name(self) -> str:
         return self.class_path.rpartition(".")[2]
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether saving a checkpoint changes training, since it is the end of a round."""
+        return isinstance(self.settings, StrategySettings) and self.settings.rounds
 
 
 def resolve(path: str) -> Any:

@@ -5,7 +5,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from contract import continual_rows, metric_checks, oracle_checks
+from contract import continual_rows, metric_checks, oracle_checks, strategy_rows
 from contract.rows import STEPS, Row, Settings
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import Precision
@@ -126,6 +126,7 @@ SETTINGS: dict[str, Settings] = {
         },
     ),
     **continual_rows.SETTINGS,
+    **strategy_rows.SETTINGS,
 }
 
 
@@ -171,6 +172,8 @@ def listed_classes() -> set[str]:
 def public_classes(folder: Path = ROOT / "lightning_stable") -> set[str]:
     """Return the dotted paths of the classes that the rooms' files export, or that could be plugins of the host.
 
+    Not those of files that are private and export nothing to users, nor abstract bases of plugins.
+
     Args:
         folder: The package, which can be imported by its folder's name.
     """
@@ -180,9 +183,12 @@ def public_classes(folder: Path = ROOT / "lightning_stable") -> set[str]:
             parts = path.relative_to(folder.parent).with_suffix("").parts
             module = importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
             private = any(part.startswith("_") and part != "__init__" for part in parts)
-            exported = [] if private else [getattr(module, name) for name in getattr(module, "__all__", ())]
+            if private:
+                continue
+            exported = [getattr(module, name) for name in getattr(module, "__all__", ())]
             own = [value for value in vars(module).values() if _is_plugin(value, of=module.__name__)]
-            found |= {f"{value.__module__}.{value.__name__}" for value in [*exported, *own] if inspect.isclass(value)}
+            classes = [value for value in [*exported, *own] if inspect.isclass(value) and not inspect.isabstract(value)]
+            found |= {f"{value.__module__}.{value.__name__}" for value in classes}
     return found
 
 
@@ -195,3 +201,5 @@ def _is_plugin(value: Any, of: str) -> bool:
 
 
 ROWS = build_rows()
+# Where a process finds the row of a method.
+BY_NAME = {row.name: row for row in ROWS}

@@ -12,6 +12,11 @@ BATCHES = 6
 BATCH_SIZE = 8
 
 
+def place_in_group() -> tuple[int, int]:
+    """Return this process's rank, and how many processes there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 class Order(Sampler[list[int]]):
     """Which samples form each batch: batch ``b`` holds the samples from ``b * BATCH_SIZE`` on, in every epoch.
 
@@ -37,7 +42,7 @@ class Order(Sampler[list[int]]):
 
     def share(self, batch: int) -> list[int]:
         """Return the samples of a batch that this process takes in this epoch."""
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = place_in_group()
         indices = list(range(BATCH_SIZE * batch, BATCH_SIZE * (batch + 1)))
         return indices[(rank + self.epoch) % world :: world]
 

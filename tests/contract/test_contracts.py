@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract import contracts
+from contract import contracts, strategy_checks
 from contract.contracts import FAILURES, MOMENTS, PRECISIONS, Row
 from contract.harness import MODULES
 from contract.settings import ROWS
@@ -22,14 +22,24 @@ def over_rows(contract: str, rows: list[Row] = ROWS) -> Any:
     return pytest.mark.parametrize("row", cases)
 
 
+def check(name: str, row: Row, tmp_path: Path, workers: Pair, **arguments: Any) -> None:
+    """Hold a plugin to a contract, a strategy in two processes."""
+    if row.kind == "strategy":
+        strategy_checks.on_both_ranks(workers, name, row, tmp_path, **arguments)
+    else:
+        getattr(contracts, name)(row, tmp_path=tmp_path, **arguments)
+
+
+CALLBACKS = [row for row in ROWS if row.kind == "callback"]
+STRATEGIES = [row for row in ROWS if row.kind == "strategy"]
 # Both orders: hooks run in the order in which callbacks are given. A metric is not in the Trainer with them.
-PAIRS = list(itertools.permutations([row for row in ROWS if row.kind != "metric"], 2))
+PAIRS = list(itertools.permutations(CALLBACKS, 2))
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 @over_rows("resume")
-def test_01_resume(row: Row, moment: str, tmp_path: Path) -> None:
-    contracts.check_resume(row, tmp_path, moment=moment)
+def test_01_resume(row: Row, moment: str, tmp_path: Path, workers: Pair) -> None:
+    check("check_resume", row, tmp_path, workers, moment=moment)
 
 
 @over_rows("yaml")
@@ -40,46 +50,61 @@ def test_02_yaml(row: Row, tmp_path: Path) -> None:
 # An identity may be a setting at which a method never comes to act, which it says.
 @pytest.mark.filterwarnings("ignore:.* will add nothing")
 @over_rows("inert")
-def test_03_inert(row: Row, tmp_path: Path) -> None:
-    contracts.check_inert(row, tmp_path)
+def test_03_inert(row: Row, tmp_path: Path, workers: Pair) -> None:
+    check("check_inert", row, tmp_path, workers)
+
+
+@over_rows("inert", STRATEGIES)
+def test_03_inert_in_one_process(row: Row, tmp_path: Path) -> None:
+    strategy_checks.check_alone(row, tmp_path)
 
 
 @over_rows("two processes")
-def test_04_two_processes(row: Row, workers: Pair) -> None:
-    contracts.check_two_processes(row, workers, f"contract.settings:SETTINGS[{row.name}].make")
+def test_04_two_processes(row: Row, tmp_path: Path, workers: Pair) -> None:
+    if row.kind == "strategy":
+        strategy_checks.on_both_ranks(workers, "check_two_ranks", row, tmp_path)
+    else:
+        contracts.check_two_processes(row, workers, f"contract.settings:SETTINGS[{row.name}].make")
 
 
 @pytest.mark.parametrize("how", PRECISIONS)
 @over_rows("oracle")
-def test_05_oracle(row: Row, how: str, tmp_path: Path) -> None:
-    contracts.check_oracle(row, how, tmp_path)
+def test_05_oracle(row: Row, how: str, tmp_path: Path, workers: Pair) -> None:
+    check("check_oracle", row, tmp_path, workers, how=how)
 
 
 @pytest.mark.parametrize("where", FAILURES)
-@over_rows("exception")
+@over_rows("exception", [row for row in ROWS if row.kind != "strategy"])
 def test_06_exception(row: Row, where: str, tmp_path: Path) -> None:
     contracts.check_exception(row, where, tmp_path)
 
 
+# No strategy runs a pass of its own: the last call of a step is the first.
+@pytest.mark.parametrize("where", [where for where in FAILURES if "last call" not in where])
+@over_rows("exception", STRATEGIES)
+def test_06_exception_of_strategies(row: Row, where: str, tmp_path: Path, workers: Pair) -> None:
+    check("check_exception", row, tmp_path, workers, where=where)
+
+
 @over_rows("exception")
-def test_06_exception_in_a_test(row: Row, tmp_path: Path) -> None:
-    contracts.check_failing_test(row, tmp_path)
+def test_06_exception_in_a_test(row: Row, tmp_path: Path, workers: Pair) -> None:
+    check("check_failing_test", row, tmp_path, workers)
 
 
 @over_rows("reuse")
-def test_07_reuse(row: Row, tmp_path: Path) -> None:
-    contracts.check_reuse(row, tmp_path)
+def test_07_reuse(row: Row, tmp_path: Path, workers: Pair) -> None:
+    check("check_reuse", row, tmp_path, workers)
 
 
 @pytest.mark.parametrize("kind", MODULES)
 @over_rows("any module")
-def test_08_any_module(row: Row, kind: str, tmp_path: Path) -> None:
-    contracts.check_any_module(row, kind, tmp_path)
+def test_08_any_module(row: Row, kind: str, tmp_path: Path, workers: Pair) -> None:
+    check("check_any_module", row, tmp_path, workers, kind=kind)
 
 
 @over_rows("safe load")
-def test_09_safe_load(row: Row, tmp_path: Path) -> None:
-    contracts.check_safe_load(row, tmp_path)
+def test_09_safe_load(row: Row, tmp_path: Path, workers: Pair) -> None:
+    check("check_safe_load", row, tmp_path, workers)
 
 
 @pytest.mark.parametrize(("row", "other"), PAIRS, ids=[f"{row.name}-{other.name}" for row, other in PAIRS])
@@ -87,10 +112,22 @@ def test_10_company(row: Row, other: Row, tmp_path: Path) -> None:
     contracts.check_company(row, other, tmp_path)
 
 
+@pytest.mark.parametrize("other", CALLBACKS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", STRATEGIES, ids=lambda row: row.name)
+def test_10_company_of_strategies(row: Row, other: Row, tmp_path: Path, workers: Pair) -> None:
+    name = f"contract.settings:BY_NAME[{other.name}]"
+    strategy_checks.on_both_ranks(workers, "check_company", row, tmp_path, other=name)
+
+
+@pytest.mark.parametrize("row", STRATEGIES, ids=lambda row: row.name)
+def test_10_company_shares_the_average(row: Row, tmp_path: Path, workers: Pair) -> None:
+    strategy_checks.on_both_ranks(workers, "check_shared_average", row, tmp_path)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @over_rows("precision")
-def test_10_company_of_precisions(row: Row, precision: str, tmp_path: Path) -> None:
-    contracts.check_precision_company(row, precision, tmp_path)
+def test_10_company_of_precisions(row: Row, precision: str, tmp_path: Path, workers: Pair) -> None:
+    check("check_precision_company", row, tmp_path, workers, precision=precision)
 
 
 @over_rows("card")

@@ -3,24 +3,55 @@
 import io
 import os
 import socket
+import time
 import traceback
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-__all__ = ["Pair"]
+__all__ = ["Pair", "of_all_ranks", "of_rank_zero", "processes"]
+
+# What tells a process that it is one of a pair.
+_RUN = "contracts"
 
 # A rank that waits for another one forever is a failed test, not a hung suite.
 _TIMEOUT_SECONDS = 180
+# How long a rank is waited for when the other has failed.
+_SECONDS_AFTER_A_FAILURE = 20
+
+
+def processes() -> int:
+    """Return in how many processes what is called here runs: two in a job of a pair."""
+    return 2 if os.environ.get("TORCHELASTIC_RUN_ID") == _RUN else 1
+
+
+def of_rank_zero(value: Any) -> Any:
+    """Return what rank 0 has there, on both ranks; in one process the value itself."""
+    if processes() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """Return what each rank has there, rank 0 first; in one process the value alone."""
+    values = [value]
+    if processes() > 1:
+        values = [None] * processes()
+        dist.all_gather_object(values, value)
+    return values
 
 
 class Pair:
     """Two processes that run the same job at the same time, as ranks 0 and 1 of a gloo group.
 
     A job is a function named ``module:function`` that both import; what it returns has to be savable by torch. After
-    a job that failed or hung the processes are replaced, since their collectives may be out of step.
+    a job that failed or hung the processes are replaced, since their collectives may be out of step; not so where an
+    assertion failed on both, which is where they compare what is over.
     """
 
     def __init__(self) -> None:
@@ -33,21 +64,38 @@ class Pair:
             self._start()
         for pipe in self._pipes:
             pipe.send((job, arguments))
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(_TIMEOUT_SECONDS):
-                self.stop()
-                raise AssertionError(f"rank {rank} gave no answer to {job} within {_TIMEOUT_SECONDS} s")
-            answers.append(pipe.recv())
-            if answers[-1][0] == "failed":
-                self.stop()
-                raise AssertionError(f"rank {rank} failed in {job}:\n{answers[-1][1]}")
-        return [torch.load(io.BytesIO(content), weights_only=False) for _, content in answers]
+        answers = self._answers()
+        bad = {rank: text for rank, (kind, text) in sorted(answers.items()) if kind != "done"}
+        failed = [f"rank {rank} failed in {job}:\n{text}" for rank, text in bad.items()]
+        if len(answers) < len(self._pipes) or any(kind == "failed" for kind, _ in answers.values()):
+            silent = [rank for rank in range(len(self._pipes)) if rank not in answers]
+            failed += [f"rank {rank} gave no answer to {job} in time" for rank in silent]
+            self.stop()
+        elif 0 < len(failed) < len(answers):
+            self.stop()
+        if failed:
+            raise AssertionError("\n".join(failed))
+        return [torch.load(io.BytesIO(answers[rank][1]), weights_only=False) for rank in sorted(answers)]
+
+    def _answers(self) -> dict[int, tuple[str, Any]]:
+        """Return what the ranks say, by rank; where one has failed, the other may wait for it and say nothing."""
+        answers: dict[int, tuple[str, Any]] = {}
+        end = time.monotonic() + _TIMEOUT_SECONDS
+        while len(answers) < len(self._pipes) and time.monotonic() < end:
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
+            for pipe in wait(list(waiting), max(0.0, end - time.monotonic())):
+                answers[waiting[pipe]] = _received(pipe)
+                if answers[waiting[pipe]][0] != "done":
+                    end = min(end, time.monotonic() + _SECONDS_AFTER_A_FAILURE)
+        return answers
 
     def stop(self) -> None:
-        """End both processes."""
+        """End both processes, also where the host's handler takes the signal for a wish."""
         for process in self._processes:
             process.terminate()
+        for process in self._processes:
+            process.join(1)
+            process.kill()
             process.join()
         self._processes, self._pipes = [], []
 
@@ -64,6 +112,15 @@ class Pair:
             self._pipes.append(ours)
 
 
+def _received(pipe: Any) -> tuple[str, Any]:
+    """Return what a rank says, and that it failed if it has died."""
+    try:
+        answer: tuple[str, Any] = pipe.recv()
+    except EOFError:
+        return "failed", "the process died"
+    return answer
+
+
 def _serve(pipe: Connection, rank: int, port: int) -> None:
     """Answer jobs until the pipe closes."""
     import importlib
@@ -77,7 +134,7 @@ def _serve(pipe: Connection, rank: int, port: int) -> None:
         "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "contracts",
+        "TORCHELASTIC_RUN_ID": _RUN,
     }
     torch.set_num_threads(1)
     while True:
@@ -90,5 +147,7 @@ def _serve(pipe: Connection, rank: int, port: int) -> None:
             content = io.BytesIO()
             torch.save(getattr(importlib.import_module(module), name)(**arguments), content)
             pipe.send(("done", content.getvalue()))
+        except AssertionError:
+            pipe.send(("asserted", traceback.format_exc()))
         except BaseException:
             pipe.send(("failed", traceback.format_exc()))

@@ -38,10 +38,18 @@ Term = Callable[["ReplayedStep", int], Tensor]
 
 
 class Replay:
-    """The run's data, its kind of accumulation and its precision."""
+    """The run's data, its kind of accumulation and its precision.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        run: The run.
+        rank: Go over the steps of this one of two processes, on its share of each batch.
+        steps: What that process recorded; by default what the run did.
+    """
+
+    def __init__(self, run: Run, rank: int | None = None, steps: list[Step] | None = None) -> None:
         self.run = run
+        self.rank = rank
+        self.steps = run.steps if steps is None else steps
         self.accumulate = int(run.trainer.accumulate_grad_batches)
         self.bf16 = run.trainer.precision == "bf16-mixed"
         self.stream = Stream()
@@ -49,11 +57,16 @@ class Replay:
 
     def __iter__(self) -> Iterator["ReplayedStep"]:
         order = [range(first, min(first + self.accumulate, BATCHES)) for first in range(0, BATCHES, self.accumulate)]
-        for number, step in enumerate(self.run.steps):
+        for number, step in enumerate(self.steps):
             epoch, place = divmod(number, len(order))
             replayed = ReplayedStep(self, step, number, epoch, list(order[place]))
             yield replayed
             replayed.pass_on()
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        """Return a micro-batch: the whole one, or the share that the process takes in this epoch."""
+        whole = self.stream.batch(index)
+        return whole if self.rank is None else tuple(part[(self.rank + epoch) % 2 :: 2] for part in whole)
 
     def precision(self) -> torch.autocast:
         """Return the context in which the run computed its losses."""
@@ -81,7 +94,7 @@ class ReplayedStep:
 
     @property
     def batches(self) -> list[Batch]:
-        return [self.replay.stream.batch(index) for index in self.indices]
+        return [self.replay.batch(self.epoch, index) for index in self.indices]
 
     def gradients(self, weights: Weights | None = None, term: Term | None = None) -> Weights:
         """Return the raw gradients of the accumulated loss.

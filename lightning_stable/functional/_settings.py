@@ -1,4 +1,4 @@
-"""Settings that callbacks take as strings, so that YAML can say them: checked, and turned into what torch takes."""
+"""Settings that plugins take as strings, so that YAML can say them: checked, and turned into what torch takes."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 __all__ = [
     "check_choice",
     "check_count",
+    "check_fraction",
     "check_not_negative",
     "check_positive",
     "parse_device",
@@ -24,6 +25,12 @@ def check_count(name: str, value: int, lowest: int, unit: str) -> None:
     """Raise ``ValueError`` unless ``value`` is a whole number from ``lowest`` on."""
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
         raise ValueError(f"{name}={value!r} is not a whole number of {unit} from {lowest} on.")
+
+
+def check_fraction(name: str, value: float, meaning: str) -> None:
+    """Raise ``ValueError`` unless ``value`` is a number in [0, 1); ``meaning`` follows "it is"."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name}={value!r} is not in [0, 1): it is {meaning}.")
 
 
 def check_not_negative(name: str, value: float, meaning: str) -> None:

@@ -1,0 +1,130 @@
+"""How strategies come under contract: every check runs in both processes of the pair, each of which checks itself."""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from contract import contracts
+from contract.harness import Net, SaveAt, Stream, assert_same, fit
+from contract.modules import trained_by
+from contract.rows import CUT, STEPS, Row, StrategySettings, resolve
+from contract.strategy_oracles import vector
+from contract.workers import Pair, of_all_ranks, of_rank_zero
+from lightning.pytorch import Callback, LightningModule, Trainer
+from oracles.averaging_twin import ema
+from torch import Tensor
+
+from lightning_stable.callbacks import EMA
+
+
+def on_both_ranks(
+    workers: Pair, check: str, row: Row, tmp_path: Path, row_path: str | None = None, **arguments: Any
+) -> None:
+    """Run one of the checks in both processes of the pair.
+
+    Args:
+        workers: The pair.
+        check: Name of a function of ``contracts.py`` or of this file.
+        row: The strategy.
+        tmp_path: A folder for both.
+        row_path: Where the processes find the row; by default among those of all methods.
+        arguments: What else the check takes; of another row its name.
+    """
+    path = row_path or f"contract.settings:BY_NAME[{row.name}]"
+    workers.run("contract.strategy_checks:job", check=check, row_path=path, folder=str(tmp_path), arguments=arguments)
+
+
+def begin() -> None:
+    """Let this process be one of a group, which later jobs find."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def job(check: str, row_path: str, folder: str, arguments: dict[str, Any]) -> None:
+    """Run a check on this rank."""
+    os.chdir(tempfile.mkdtemp(dir=folder))
+    begin()
+    row = resolve(row_path)
+    if "other" in arguments:
+        arguments = {**arguments, "other": resolve(arguments["other"])}
+    function = globals().get(check) or getattr(contracts, check)
+    with trained_by(row.settings.optimizer if isinstance(row.settings, StrategySettings) else "sgd"):
+        function(row, tmp_path=Path(folder), **arguments)
+
+
+# ---------------------------------------------------------------------------------------------------- 4
+
+
+class _SeenInValidation(Callback):
+    """Notes the weights that validations see."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, Tensor] = {}
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.seen[trainer.global_step] = vector(dict(pl_module.named_parameters()))
+
+
+def check_two_ranks(row: Row, tmp_path: Path) -> None:
+    """Both ranks end alike, as the row's oracle says, and validate with the mean of what they have in between."""
+    watch, plugin = _SeenInValidation(), row.settings.make()
+    run = fit([plugin, watch], validation=Stream(2, seed=5), max_steps=STEPS, val_check_interval=4)
+    own = {**run.snapshot(), "logged": None}
+    if not row.has_rounds:
+        # The host lets each process go on with the batch statistics of its own samples.
+        own["weights"] = vector(dict(run.module.named_parameters()))
+    assert_same(own, of_rank_zero(own), "a rank against rank 0 at the end")
+    steps = of_all_ranks(run.steps)
+    for step, seen in watch.seen.items():
+        assert_same(seen, of_rank_zero(seen), f"the weights of a rank against those of rank 0 in validation {step}")
+        if step < STEPS:
+            # What a rank goes on from after the validation is what it had before.
+            mean = torch.stack([vector(each[step].before) for each in steps]).mean(0)
+            assert_same(seen, mean, f"the weights in the validation after step {step} against the mean", 1e-6)
+    assert watch.seen, "there was no validation"
+    row.settings.oracle(run, plugin)
+
+
+# ---------------------------------------------------------------------------------------------------- 10
+
+
+class _AfterEachStep(Callback):
+    """Notes the weights at the end of each batch."""
+
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.weights.append(vector(dict(pl_module.named_parameters())))
+
+
+def check_shared_average(row: Row, tmp_path: Path) -> None:
+    """At a checkpoint in the middle of a round, EMA is the average of the workers' mean weights, on both ranks."""
+    path, notes = tmp_path / "shared.ckpt", _AfterEachStep()
+    average = EMA(decay=0.8, finish_with="live")
+    fit([row.settings.make(), notes, average, SaveAt(CUT - 1, str(path))], max_steps=STEPS)
+    means = [torch.stack(pair).mean(0).double() for pair in zip(*of_all_ranks(notes.weights), strict=True)]
+    begin = vector(dict(Net().named_parameters())).double()
+    expected = ema([[weights.tolist()] for weights in (begin, *means[: CUT - 1])], 0.8, None)
+    saved = next(state for key, state in torch.load(path, weights_only=True)["callbacks"].items() if "EMA" in key)
+    found = vector(saved["shadow"]).double()
+    assert_same(found, torch.tensor(expected[0], dtype=torch.float64), "EMA against that of the mean weights", 1e-6)
+    ended = vector(average.averaged())
+    assert_same(ended, of_rank_zero(ended), "the average of a rank against that of rank 0 at the end")
+
+
+# ---------------------------------------------------------------------------------------------------- 3
+
+
+def check_alone(row: Row, tmp_path: Path) -> None:
+    """In one process the strategy changes no bit of training."""
+    settings = row.settings
+    assert isinstance(settings, StrategySettings)
+    with trained_by(settings.optimizer):
+        contracts.check_inert(
+            dataclasses.replace(row, settings=dataclasses.replace(settings, identities=settings.alone)), tmp_path
+        )
