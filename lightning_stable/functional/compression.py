@@ -18,8 +18,9 @@ on a tensor :math:`x` of :math:`d` entries: top-k keeps the :math:`k` entries of
 
 EF21: arXiv 2106.05203. It may start from zero or from full gradients; its released code (read, not run) does the
 latter, and takes the largest entries of all tensors together, where :func:`top_k` takes those of one. EControl: arXiv
-2311.05645; its equations are from memory: unverified. EF, from 1-bit SGD, and its scaled sign: arXiv 1901.09847 (from
-memory: unverified). There the error is kept of the update, here of the gradient: with a changing learning rate the two
+2311.05645; its equations are from memory: unverified. It starts from :math:`h_i = 0` here and, as we know it, from the
+first gradient in the paper (unverified). EF, from 1-bit SGD, and its scaled sign: arXiv 1901.09847 (from memory:
+unverified). There the error is kept of the update, here of the gradient: with a changing learning rate the two
 differ.
 """
 

@@ -196,7 +196,8 @@ def _why_not_together(parameters: Mapping[str, nn.Parameter]) -> str | None:
     """Say which two parameters share memory. A module that ties weights by one parameter has only one."""
     seen: dict[tuple[int, int], str] = {}
     for name, parameter in parameters.items():
-        if parameter.numel() == 0:
+        if parameter.numel() == 0 or type(parameter.data) is not Tensor:
+            # Other kinds of tensors may have no memory of their own to ask for.
             continue
         place = parameter.untyped_storage().data_ptr(), int(parameter.storage_offset())
         if place in seen:

@@ -1,12 +1,14 @@
 """DDP whose processes send compressed gradients: top-k, one bit an entry, low rank, or bfloat16.
 
 Use it where the link between processes is what training waits for, and a step's gradient has to cross it: it keeps the
-synchronous steps of DDP, and sends a hundredth to a half of its bytes. What a message leaves out is remembered by the
-process and made up for in later steps; this memory is in the checkpoint, for each process its own, and a resumed run
-equals the uninterrupted one bit for bit. Do not use it within a machine or over a fast network: compressing costs time,
-and DDP hides its exchange behind the backward pass.
+synchronous steps of DDP, and sends fewer bytes. Of DDP's bytes for float32 gradients and N processes, top-k sends the
+share N ratio, by default 0.01 N (1/50 for two), sign N / 64 (1/32 for two) and bf16 a half. What a message leaves
+out is remembered by the process and made up for in later steps; this memory is in the checkpoint, for each process its
+own, and a resumed run equals the uninterrupted one bit for bit. Do not use it within a machine or over a fast network:
+compressing costs time, and DDP hides its exchange behind the backward pass.
 
-Each process keeps one copy of the gradients (EF, PowerSGD), two (EF21) or three (EControl), in float32 at least.
+Each process keeps copies of the gradients: one with EF, two with EF21, three with EControl, in float32 at least; one
+with PowerSGD, in the gradients' precision.
 
 Example:
     >>> from lightning.pytorch import Trainer
@@ -37,6 +39,8 @@ _COMPRESSORS = ("topk", "sign", "powersgd", "bf16")
 # Which error feedback a compressor can have, its default first.
 _ERRORS: dict[str, tuple[str, ...]] = {"topk": ("ef21", "econtrol", "ef"), "sign": ("ef21", "econtrol", "ef")}
 _ERRORS |= {"powersgd": ("ef",), "bf16": ()}
+# Whose memory is lost when the number of processes changes: the first words of the warning.
+_OWNER = "CompressedDDPStrategy (what its messages left out)"
 _REFUSED = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period", "process_group")
 
 
@@ -122,6 +126,8 @@ class CompressedDDPStrategy(DDPStrategy):
         super().configure_ddp()
         self._hook, loaded, self._loaded = None, self._loaded, None
         if self.world_size == 1:
+            if loaded and loaded["error"] is not None:
+                own_rank_state(loaded["ranks"], self.global_rank, self.world_size, _OWNER)  # warns of what is lost
             rank_zero_info("CompressedDDPStrategy: there is only one process, so there is nothing to send.")
             return
         self._hook = compress_gradients(
@@ -151,6 +157,7 @@ class CompressedDDPStrategy(DDPStrategy):
                 checkpoint[type(self).__name__] = {
                     "compressor": self.compressor,
                     "error": self.error,
+                    "rank": self.rank,
                     "shared": self._hook.shared_state(),
                     "ranks": states,
                 }
@@ -181,10 +188,20 @@ class CompressedDDPStrategy(DDPStrategy):
                     "from now on only."
                 )
             return
-        owner = "CompressedDDPStrategy (what its messages left out)"
-        own = own_rank_state(saved["ranks"], self.global_rank, self.world_size, owner)
-        if own is not None:
-            hook.load(own, saved["shared"])
+        shared = saved["shared"]
+        if self.error is None:
+            hook.load({}, shared)  # nothing that belongs to a process
+            return
+        own = own_rank_state(saved["ranks"], self.global_rank, self.world_size, _OWNER)
+        if own is None:
+            return
+        if saved["rank"] != self.rank:
+            rank_zero_warn(
+                f"CompressedDDPStrategy: the checkpoint was made with rank={saved['rank']} and this run has rank="
+                f"{self.rank}. PowerSGD's factors do not fit and begin anew. What messages left out is kept."
+            )
+            shared = {**shared, "factor": {}}
+        hook.load(own, shared)
 
 
 def _check(compressor: str, error: str | None, settings: dict[str, Any]) -> None:

@@ -138,6 +138,13 @@ class OneBitAdamStrategy(DDPStrategy):
         return super().training_step(*args, **kwargs)
 
     @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        # As under DDP, all validate with the buffers of rank 0.
+        if self._buffers_due:
+            self._broadcast_buffers()
+
+    @override
     def post_backward(self, closure_loss: torch.Tensor) -> None:
         super().post_backward(closure_loss)
         if isinstance(self.model, DistributedDataParallel) and self.model.require_backward_grad_sync:

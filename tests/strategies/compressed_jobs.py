@@ -204,12 +204,14 @@ def twice(settings: dict[str, Any]) -> list[dict[str, Tensor]]:
 
 
 class Special(Net):
-    """The twin's network and a scalar parameter, or a table with sparse gradients."""
+    """The twin's network and a scalar parameter, one without entries, or a table with sparse gradients."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         if kind == "scalar":
             self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        if kind == "empty":
+            self.nothing = nn.Parameter(torch.ones(0, dtype=torch.float64))
         if kind == "sparse":
             self.table = nn.Embedding(4, 2, sparse=True)
         self.kind = kind
@@ -218,6 +220,8 @@ class Special(Net):
         loss = self.loss(batch)
         if self.kind == "scalar":
             return loss * self.scale
+        if self.kind == "empty":
+            return loss + self.nothing.sum()
         return loss + self.table(torch.tensor([0, 2])).sum() if self.kind == "sparse" else loss
 
 

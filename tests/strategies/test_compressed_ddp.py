@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,13 @@ from contract.workers import Pair
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from oracles.compressed_ddp_twin import SIZES, Setting, initial_weights, random_batches, simulate
-from strategies.compressed_jobs import BATCHES
+from strategies.compressed_jobs import BATCHES, Net
 from strategies.groups import Group
+from strategies.local_update_jobs import Batches
 
 from lightning_stable.functional.compression import ERRORS
 from lightning_stable.strategies import CompressedDDPStrategy
+from lightning_stable.strategies.hooks import compress_gradients
 
 STEPS = 8
 JOB = "strategies.compressed_jobs:train"
@@ -146,6 +149,17 @@ def test_half_precision_is_remembered_in_full(workers: Pair) -> None:
     assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("error", ["ef21", "econtrol"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_starts_without_a_bias(error: str, dtype: str, workers: Pair) -> None:
+    """After the warm-up what is known of the mean is the mean of what is known of the workers."""
+    answers = workers.run(JOB, settings=settings(make("topk", error, warmup=3)), steps=5, dtype=dtype)
+    assert_same(answers[1]["weights"], answers[0]["weights"], "rank 1 against rank 0")
+    mean, estimates = answers[0]["shared"]["mean"][0], [answer["own"]["estimate"][0] for answer in answers]
+    assert any(not torch.equal(estimates[0][name], estimates[1][name]) for name in mean)
+    assert_same({name: (estimates[0][name] + estimates[1][name]) / 2 for name in mean}, mean, "the means", 1e-6)
+
+
 def test_all_entries_are_plain_ddp(workers: Pair) -> None:
     all_of_it = workers.run(JOB, settings={"compressor": "topk", "ratio": 1.0, "error": "ef"}, steps=STEPS)
     plain = workers.run(JOB, settings={}, steps=STEPS)
@@ -240,6 +254,39 @@ def test_another_compressor_begins_anew_and_says_so(workers: Pair, tmp_path: Pat
     assert any("holds no state of this strategy" in text for text in answer["warnings"])
     answer, _ = workers.run(JOB, settings={"compressor": "bf16"}, steps=7, resume=path)
     assert not [text for text in answer["warnings"] if "CompressedDDP" in text]
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_another_rank_keeps_what_was_not_sent_and_says_so(rank: int, workers: Pair, tmp_path: Path) -> None:
+    """With rank 8 no matrix is worth compressing: what was not sent is sent, and nothing is left."""
+    how, path = {"compressor": "powersgd", "rank": 2, "bucket_cap_mb": 2e-3}, str(tmp_path / "two.ckpt")
+    workers.run(JOB, settings=how, steps=5, save_at=5, path=path)
+    answers = workers.run(JOB, settings={**how, "rank": rank}, steps=7, resume=path)
+    assert_same(answers[1]["weights"], answers[0]["weights"], "rank 1 against rank 0")
+    assert [text for text in answers[0]["warnings"] if f"made with rank=2 and this run has rank={rank}" in text]
+    first, second = (answer["own"]["error"][0] for answer in answers)
+    # torch keeps how far a worker is from the mean too, which adds up to nothing.
+    left = max(float((first[name] + second[name]).abs().max()) for name in first)
+    assert (left > 1e-6) == (rank < 8)
+
+
+@pytest.mark.parametrize("compressor", ["topk", "bf16"])
+def test_one_process_says_what_it_drops(
+    compressor: str, workers: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "two.ckpt")
+    workers.run(JOB, settings={"compressor": compressor}, steps=5, save_at=5, path=path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    strategy: Any = CompressedDDPStrategy(compressor=compressor, start_method="popen")  # type: ignore[arg-type]
+    trainer = Trainer(**QUIET, devices=1, strategy=strategy, max_steps=7)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Net(), Batches(random_batches(1, BATCHES)[0]), ckpt_path=path)
+    torch.distributed.destroy_process_group()
+    told = [str(w.message) for w in caught if "made by 2 process(es) and this run has 1" in str(w.message)]
+    assert len(told) == (1 if compressor == "topk" else 0)
+    assert all("CompressedDDPStrategy" in text for text in told)
 
 
 def test_a_checkpoint_after_a_failure_does_not_wait(workers: Pair, tmp_path: Path) -> None:
@@ -349,12 +396,33 @@ def test_defaults_are_those_of_the_compressor() -> None:
         ("bf16", "scaled", ""),
         ("powersgd", "scalar", "cannot take the parameter 'scale' of shape ()"),
         ("topk", "scalar", ""),
+        ("topk", "empty", ""),
+        ("sign", "empty", ""),
+        ("powersgd", "empty", "cannot take the parameter 'nothing' of shape (0,)"),
         ("sign", "sparse", "cannot compress the sparse gradient of 'table.weight'"),
     ],
 )
 def test_bad_company(compressor: str, kind: str, words: str, workers: Pair) -> None:
     for text in workers.run("strategies.compressed_jobs:fit_special", compressor=compressor, kind=kind):
         assert words in text if words else not text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"compressor": "randomk"}, "compressor='randomk' is unknown"),
+        ({"compressor": "topk", "error": "ef22"}, "error='ef22' is unknown"),
+        ({"compressor": "topk", "ratio": 0.0}, r"compress_gradients: ratio=0.0 is not in \(0, 1\]"),
+        ({"compressor": "topk", "ratio": 2}, r"compress_gradients: ratio=2 is not in \(0, 1\]"),
+        ({"compressor": "sign", "error": "econtrol", "eta": -1.0}, r"compress_gradients: eta=-1.0 is not in \(0, 1\]"),
+        ({"compressor": "powersgd", "rank": 0}, "rank=0 is not a whole number of columns from 1 on"),
+        ({"compressor": "bf16", "warmup_steps": -1}, "warmup_steps=-1 is not a whole number of passes from 0 on"),
+    ],
+)
+def test_bad_settings_of_the_hook_alone(arguments: dict[str, Any], words: str) -> None:
+    model: Any = None  # what is wrong is said before the model is looked at
+    with pytest.raises(ValueError, match=words):
+        compress_gradients(model, **arguments)
 
 
 def test_every_combination_was_meant() -> None:

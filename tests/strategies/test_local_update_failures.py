@@ -98,8 +98,9 @@ def test_the_death_of_one_of_three_processes_ends_the_others(tmp_path, who):
         assert answer.seconds < 30.0
         if rank != who:
             told.append((tmp_path / f"error-{rank}").read_text())
-            assert re.search(r"rank \d did not come", told[-1]), told[-1]
-    assert any(f"rank {who} did not come" in text for text in told), told
+            # On a busy machine a rank that is still computing is missed too.
+            assert re.search(r"ranks? [\d, ]+ did not come", told[-1]), told[-1]
+    assert any(re.search(rf"ranks? [\d, ]*{who}[\d, ]* did not come", text) for text in told), told
     assert all(re.search(r"The last finished round is [23]\b", text) for text in told), told
 
 

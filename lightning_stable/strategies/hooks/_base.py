@@ -68,7 +68,6 @@ class CompressionHook(ABC):
             self._steps[stream] += 1
             self._pass += 1
         if step < self.warmup_steps:
-            self.count_all_reduce(bucket.buffer().nbytes)
             return self.exchange_in_full(bucket, stream, last=step == self.warmup_steps - 1)
         return self.exchange(bucket, stream)
 
@@ -78,6 +77,7 @@ class CompressionHook(ABC):
 
     def exchange_in_full(self, bucket: Bucket, stream: int, *, last: bool) -> Future[Tensor]:
         """Exchange a bucket uncompressed; ``last`` for the last time."""
+        self.count_all_reduce(bucket.buffer().nbytes)
         return allreduce_hook(world(), bucket)
 
     def count_all_reduce(self, size: int) -> None:

@@ -102,20 +102,26 @@ class ErrorFeedbackHook(CompressionHook):
         if not last or self.error == "ef":
             return super().exchange_in_full(bucket, stream, last=last)
         layout = layout_of(bucket, self.names)
-        own_bucket, gradient = self._find(bucket, stream, layout), bucket.buffer().clone()
+        own_bucket, buffer = self._find(bucket, stream, layout), bucket.buffer()
+        gradient = buffer.clone()
+        # In half precision the mean would be rounded and the estimates not: their difference would stay for ever.
+        wide = buffer.to(torch.promote_types(buffer.dtype, torch.float32)).div_(self.workers)
+        self.count_all_reduce(wide.nbytes)
+        under_way = dist.all_reduce(wide, async_op=True)
 
-        def begin(future: Future[Tensor]) -> Tensor:
-            mean = future.value()
-            hold(gradient)
+        def begin(future: Future[Any]) -> Tensor:
+            future.value()  # raises what failed
+            hold(gradient, wide)
+            mean = wide
             # Not finite on some worker means that the mean is not, for all of them.
             _, finite = _status(mean, layout.sizes)
             mask, zero = _spread(finite, own_bucket.entries, mean), torch.zeros_like(mean)
             for kept, value in ((own_bucket.memory.estimate, gradient), (own_bucket.memory.mean, mean)):
                 if kept is not None:
                     kept.copy_(torch.where(mask, value, zero))
-            return mean
+            return buffer.copy_(mean)
 
-        return super().exchange_in_full(bucket, stream, last=last).then(begin)
+        return cast(Future[Tensor], under_way.get_future().then(begin))
 
     def _find(self, bucket: Bucket, stream: int, layout: Layout) -> _Bucket:
         """Return what is kept for a bucket, put together anew if its layout has changed."""
@@ -178,7 +184,10 @@ class ErrorFeedbackHook(CompressionHook):
 
 def _status(flat: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
     """Return for each tensor what a worker says of it, uint8, and whether it is finite, bool."""
-    largest = torch.stack(torch._foreach_norm(torch.split(flat, sizes), torch.inf))
+    # A tensor without entries has no largest one.
+    filled = [tensor for tensor in torch.split(flat, sizes) if tensor.numel()]
+    norms = iter(torch._foreach_norm(filled, torch.inf) if filled else ())
+    largest = torch.stack([next(norms) if size else flat.new_zeros(()) for size in sizes])
     finite = largest.isfinite()
     return (largest != 0).to(torch.uint8) * _USED + (~finite).to(torch.uint8) * _BROKEN, finite
 
