@@ -8,13 +8,19 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
+from lightning_stable.strategies._consolidation import float_buffers
+from lightning_stable.strategies._workers import Workers
+
 __all__ = ["reestimate_batch_norm"]
+
+_BATCHES = 100
 
 
 @torch.no_grad()
-def reestimate_batch_norm(trainer: Trainer, module: LightningModule, batches: int) -> None:
-    """Replace the running statistics by the mean over some batches of the training data, seen by the present weights.
+def reestimate_batch_norm(trainer: Trainer, module: LightningModule, workers: Workers) -> None:
+    """Replace the running statistics by the mean over some batches of all workers' training data.
 
+    The batches are seen by the present weights, which are equal on all of them.
     Layers in eval mode, whose statistics are frozen, keep them. Nothing is logged, and the random numbers of training
     go on as if nothing had been read.
     """
@@ -34,7 +40,7 @@ def reestimate_batch_norm(trainer: Trainer, module: LightningModule, batches: in
     module.__dict__ |= dict.fromkeys(logging, _log_nothing)
     try:
         with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
-            _see(trainer, module, batches)
+            _see(trainer, module)
     finally:
         for name, own in logging.items():
             del module.__dict__[name]
@@ -42,14 +48,16 @@ def reestimate_batch_norm(trainer: Trainer, module: LightningModule, batches: in
                 module.__dict__[name] = own
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
+    workers.position = "the mean of the batch normalisation at the end of training"
+    workers.mean(float_buffers(module))
 
 
-def _see(trainer: Trainer, module: LightningModule, batches: int) -> None:
+def _see(trainer: Trainer, module: LightningModule) -> None:
     plugin = trainer.precision_plugin
     loaders = trainer.train_dataloader
     combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    limit = min(batches, trainer.num_training_batches)
+    limit = min(_BATCHES, trainer.num_training_batches)
     for index, (batch, _, _) in enumerate(combined):
         if index >= limit:
             return

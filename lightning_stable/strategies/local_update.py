@@ -58,7 +58,6 @@ from lightning_stable.strategies._workers import Workers, node_size
 
 __all__ = ["LocalUpdateStrategy"]
 
-_BATCHES_FOR_BATCH_NORM = 100
 # How long an exchange under way is awaited after a failure, before it is left behind.
 _SECONDS_TO_DRAIN = 2.0
 
@@ -76,8 +75,7 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
             at each step.
         comm_dtype: Precision of what is sent: ``None`` for that of the weights (at least float32), or "bfloat16".
         warmup_steps: So many synchronous steps come first: gradients are averaged over all workers.
-        final_merge: After the last step the statistics of batch normalisation are estimated anew, on the averaged
-            weights, over up to 100 batches of the training data.
+        final_merge: After the last step BatchNorm's statistics are estimated anew, over up to 100 training batches.
         timeout: How long an exchange may take before the ranks that are there end with an error.
         settings: ``process_group_backend``, ``start_method`` and, with workers="node", the arguments of torch's DDP.
 
@@ -294,9 +292,7 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
         """Bring all workers to one place, for good: the last step has been made."""
         self._consolidate("the end of training")
         if self.final_merge and self._groups is not None:
-            reestimate_batch_norm(self._trainer, self._module, _BATCHES_FOR_BATCH_NORM)
-            self._groups.position = "the mean of the batch normalisation at the end of training"
-            self._groups.mean(_consolidation.float_buffers(self._module))
+            reestimate_batch_norm(self._trainer, self._module, self._groups)
 
     def _synchronously(self, groups: Workers, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
         output = closure()
@@ -325,8 +321,8 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
             self._consolidate("the end by SIGTERM")
 
     def _finish_round(self, groups: Workers, rounds: Rounds) -> None:
-        progress = self._progress
         check_unfrozen(type(self).__name__, self._trained, self._module)
+        progress = self._progress
         groups.position = f"the exchange after round {progress.finished_rounds + 1}, at step {progress.steps},"
         self._untied.pass_on(wait=not self.delayed)
         rounds.finish_round(copy.deepcopy(self.optimizers[0].param_groups[0].get("lr")))

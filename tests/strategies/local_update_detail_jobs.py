@@ -1,4 +1,4 @@
-"""What the two processes of ``test_local_update_details.py`` run. Each sees samples of its own."""
+"""What the two processes of ``test_local_update.py`` run. Each sees samples of its own."""
 
 import os
 import signal

@@ -8,7 +8,7 @@ from contract.streams import Stream
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, Timer
 from strategies import local_update_detail_jobs as jobs
 
-from lightning_stable.strategies import CO2Strategy, LocalSGDStrategy, SlowMoStrategy
+from lightning_stable.strategies import CO2Strategy, LocalSGDStrategy
 from lightning_stable.strategies._local_update_checks import check_callbacks, check_optimizers
 from lightning_stable.strategies._workers import _parts
 
@@ -101,13 +101,6 @@ def test_settings_that_are_no_settings_are_refused():
         LocalSGDStrategy(final_merge="yes")
     with pytest.raises(ValueError, match="timeout=30 is not a duration"):
         LocalSGDStrategy(timeout=30)
-
-
-def test_slow_momentum_needs_a_learning_rate():
-    strategy = SlowMoStrategy()
-    anchor = [torch.zeros(2)]
-    with pytest.raises(ValueError, match="SlowMoStrategy scales its momentum by the learning rate"):
-        strategy.update_outer(strategy.init_outer(anchor), anchor, [torch.ones(2)], None)
 
 
 def test_a_checkpoint_of_one_worker_says_nothing_to_one_worker(tmp_path):
