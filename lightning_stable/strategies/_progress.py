@@ -18,6 +18,7 @@ class Progress:
         warmup_steps: Steps that come before the first round.
         warming_up: Steps are synchronous, and no round has begun.
         moved: A step was made since all workers were at one place.
+        cut_rounds: Rounds that a checkpoint ended before their time.
     """
 
     def __init__(self, local_steps: int | Sequence[Sequence[int]] | str, warmup_steps: int) -> None:
@@ -27,6 +28,7 @@ class Progress:
         self.warmup_steps = warmup_steps
         self.warming_up = warmup_steps > 0
         self.moved = False
+        self.cut_rounds = 0
         self._local_steps = local_steps
         self._begun_at = 0
         self._made: dict[int, int] = {}
@@ -60,6 +62,23 @@ class Progress:
         """A round begins with the next step, unless the warm-up goes on."""
         self.warming_up = self.steps < self.warmup_steps
         self._begun_at = self.steps
+
+    def come_together(self, *, saving: bool) -> None:
+        """All workers are at one place, and a round begins there: for a checkpoint, or because training is over."""
+        self.cut_rounds += saving and not self.warming_up and self.steps > self._begun_at
+        self.moved = False
+        self.begin_round()
+
+    def summary(self) -> str:
+        """Say what became of the rounds."""
+        if self.warming_up:
+            return f"all {self.steps} steps were synchronous, since the warm-up has {self.warmup_steps}."
+        text = (
+            f"rounds that ended with an exchange: {self.finished_rounds}, cut short by a checkpoint: {self.cut_rounds}."
+        )
+        if self.cut_rounds > self.finished_rounds:
+            return f"{text} Each checkpoint waits for the link: save after more steps than a round has."
+        return text
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run that goes on from here has to know."""

@@ -60,6 +60,7 @@ __all__ = ["LocalUpdateStrategy"]
 
 # How long an exchange under way is awaited after a failure, before it is left behind.
 _SECONDS_TO_DRAIN = 2.0
+_CHECKPOINT = "a checkpoint"
 
 
 class LocalUpdateStrategy(DDPStrategy, ABC):
@@ -67,20 +68,16 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
 
     Args:
         local_steps: Optimizer steps of a round; or pairs (first step, local steps), of which the last one reached when
-            a round begins holds; or "auto", where exchanges are delayed: the first 12 steps are synchronous, are timed
-            beside an exchange, and the fewest steps that hide one are taken.
+            a round begins holds; or "auto" if delayed: 12 synchronous steps are timed, and the fewest that hide an
+            exchange are taken.
         delayed: An exchange travels during the next round, instead of being waited for.
         variant: What a worker goes on from after a delayed exchange: "paper" or "corrected".
-        workers: What makes steps of its own: every "process", or every "node", whose processes average their gradients
-            at each step.
+        workers: What makes steps of its own: a "process", or a "node" whose processes average gradients at each step.
         comm_dtype: Precision of what is sent: ``None`` for that of the weights (at least float32), or "bfloat16".
         warmup_steps: So many synchronous steps come first: gradients are averaged over all workers.
-        final_merge: After the last step BatchNorm's statistics are estimated anew, over up to 100 training batches.
+        final_merge: At the end BatchNorm's statistics are estimated anew, over up to 100 batches of a worker's data.
         timeout: How long an exchange may take before the ranks that are there end with an error.
         settings: ``process_group_backend``, ``start_method`` and, with workers="node", the arguments of torch's DDP.
-
-    Raises:
-        ValueError: If a setting is not allowed.
     """
 
     def __init__(
@@ -248,7 +245,7 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        self._consolidate("a checkpoint")
+        self._consolidate(_CHECKPOINT)
         return super().lightning_module_state_dict()
 
     @override
@@ -291,6 +288,8 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
     def finish(self) -> None:
         """Bring all workers to one place, for good: the last step has been made."""
         self._consolidate("the end of training")
+        if self._rounds is not None:
+            rank_zero_info(f"{type(self).__name__}: {self._progress.summary()}")
         if self.final_merge and self._groups is not None:
             reestimate_batch_norm(self._trainer, self._module, self._groups)
 
@@ -348,8 +347,7 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
         else:
             rounds.consolidate()
         _consolidation.bring_together(self._module, self.optimizers, self.precision_plugin, callbacks, groups)
-        progress.begin_round()
-        progress.moved = False
+        progress.come_together(saving=reason == _CHECKPOINT)
 
     # ------------------------------------------------------------------------------------------- state
 

@@ -10,6 +10,7 @@ from strategies import local_update_detail_jobs as jobs
 
 from lightning_stable.strategies import CO2Strategy, LocalSGDStrategy
 from lightning_stable.strategies._local_update_checks import check_callbacks, check_optimizers
+from lightning_stable.strategies._progress import Progress
 from lightning_stable.strategies._workers import _parts
 
 JOBS = "strategies.local_update_detail_jobs"
@@ -107,6 +108,25 @@ def test_a_checkpoint_of_one_worker_says_nothing_to_one_worker(tmp_path):
     run = fit([LocalSGDStrategy()], module=Net(), max_steps=2)
     run.trainer.save_checkpoint(tmp_path / "one.ckpt")
     assert "LocalSGDStrategy" not in torch.load(tmp_path / "one.ckpt", weights_only=True)
+
+
+def test_a_run_says_what_became_of_its_rounds():
+    progress = Progress(4, warmup_steps=2)
+    assert progress.summary() == "all 0 steps were synchronous, since the warm-up has 2."
+    for step in range(1, 9):
+        progress.count(0)
+        if step == 2:
+            progress.begin_round()
+        if step == 4:
+            # A checkpoint in the middle, and one where nothing has moved since.
+            progress.come_together(saving=True)
+            progress.come_together(saving=True)
+    assert progress.round_is_over
+    told = "rounds that ended with an exchange: 0, cut short by a checkpoint: 1. Each checkpoint waits for the link"
+    assert progress.summary().startswith(told)
+    progress.finished_rounds += 1
+    progress.come_together(saving=False)
+    assert progress.summary() == "rounds that ended with an exchange: 1, cut short by a checkpoint: 1."
 
 
 def test_means_are_taken_in_small_parts(monkeypatch):
