@@ -26,13 +26,9 @@ from lightning_stable.functional.one_bit_adam import (
     server_message,
     worker_messages,
 )
+from lightning_stable.strategies._consolidation import all_parameters
 
-__all__ = ["FrozenAdam", "all_parameters", "steps_made"]
-
-
-def all_parameters(optimizer: Optimizer) -> list[Tensor]:
-    """Return the parameters of all groups, in order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+__all__ = ["FrozenAdam", "steps_made"]
 
 
 def steps_made(optimizer: Optimizer) -> int:

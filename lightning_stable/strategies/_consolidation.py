@@ -13,6 +13,7 @@ from lightning_stable.strategies._workers import Workers
 
 __all__ = [
     "alike_tensors",
+    "all_parameters",
     "average_optimizers",
     "bring_together",
     "float_buffers",
@@ -106,7 +107,7 @@ def average_optimizers(optimizers: Sequence[Optimizer], workers: Workers) -> Non
     for place in places:
         if place not in own:
             shape, dtype, device, _ = next(tensors[place] for tensors in having if place in tensors)
-            parameter = _parameters(optimizers[place[0]])[place[1]]
+            parameter = all_parameters(optimizers[place[0]])[place[1]]
             on = parameter.device if device == parameter.device.type else torch.device(device)
             own[place] = torch.zeros(shape, dtype=dtype, device=on)
             optimizers[place[0]].state[parameter][place[2]] = own[place]
@@ -122,7 +123,8 @@ def average_optimizers(optimizers: Sequence[Optimizer], workers: Workers) -> Non
         _take_plain(optimizers, groups, values)
 
 
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
+def all_parameters(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters of all groups, in order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -147,7 +149,7 @@ def optimizer_tensors(optimizers: Sequence[Optimizer], owner: str) -> dict[_Plac
 
 def _state(optimizers: Sequence[Optimizer]) -> Iterator[tuple[_Place, Any]]:
     for number, optimizer in enumerate(optimizers):
-        for index, parameter in enumerate(_parameters(optimizer)):
+        for index, parameter in enumerate(all_parameters(optimizer)):
             for name, value in optimizer.state.get(parameter, {}).items():
                 yield (number, index, str(name)), value
 
@@ -170,7 +172,7 @@ def _take_plain(optimizers: Sequence[Optimizer], groups: list[list[dict[str, Any
         for group, plain in zip(optimizer.param_groups, given, strict=True):
             group.update(plain)
     for (number, index, name), value in values.items():
-        optimizers[number].state[_parameters(optimizers[number])[index]][name] = value
+        optimizers[number].state[all_parameters(optimizers[number])[index]][name] = value
 
 
 def _is_plain(value: Any) -> bool:

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_stable.strategies._progress import Progress
 from lightning_stable.strategies._rounds import Rounds
 
-__all__ = ["on_cpu", "outer_state_dict", "restore"]
+__all__ = ["outer_state_dict", "restore"]
 
 
 def outer_state_dict(state: Any, lengths: Sequence[int]) -> dict[str, Any]:
@@ -61,15 +61,6 @@ def _restore_outer(fresh: Any, saved: dict[str, Any], lengths: Sequence[int], ow
                 "anew."
             )
     return fresh._replace(**fields)
-
-
-def on_cpu(value: Any) -> Any:
-    """Return a copy of a nested state that needs no accelerator."""
-    if isinstance(value, dict):
-        return {name: on_cpu(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [on_cpu(part) for part in value]
-    return value.detach().cpu().clone() if hasattr(value, "detach") else value
 
 
 def _shapes(value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-__all__ = ["gather_rank_states", "own_rank_state"]
+__all__ = ["gather_rank_states", "on_cpu", "own_rank_state"]
 
 
 def gather_rank_states(state: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -23,7 +23,7 @@ def gather_rank_states(state: dict[str, Any]) -> list[dict[str, Any]] | None:
     Args:
         state: This process' state: tensors, numbers, strings, lists and dictionaries of them.
     """
-    own = _on_cpu(state)
+    own = on_cpu(state)
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return [own]
     if dist.get_rank() != 0:
@@ -56,12 +56,12 @@ def own_rank_state(saved: Sequence[dict[str, Any]], rank: int, world_size: int, 
     return None
 
 
-def _on_cpu(value: Any) -> Any:
+def on_cpu(value: Any) -> Any:
     """Copy nested containers, with their tensors on the CPU in storage of their own: a view would take all of its."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _on_cpu(entry) for key, entry in value.items()}
+        return {key: on_cpu(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_on_cpu(entry) for entry in value]
+        return [on_cpu(entry) for entry in value]
     return value

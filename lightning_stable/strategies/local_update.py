@@ -50,9 +50,10 @@ from lightning_stable.strategies._local_update_checks import (
     trained_parameters,
 )
 from lightning_stable.strategies._mean_weights import MeanWeights
-from lightning_stable.strategies._outer_state import on_cpu, outer_state_dict, restore
+from lightning_stable.strategies._outer_state import outer_state_dict, restore
 from lightning_stable.strategies._pace import MEASURED_STEPS, Pace
 from lightning_stable.strategies._progress import Progress
+from lightning_stable.strategies._rank_state import on_cpu
 from lightning_stable.strategies._rounds import Rounds
 from lightning_stable.strategies._workers import Workers, node_size
 
