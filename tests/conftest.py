@@ -1,5 +1,6 @@
 """Fixtures of the whole suite: no seed from another test, and one pair of processes for all two-process tests."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,9 +8,12 @@ from contract.workers import Pair
 
 
 @pytest.fixture(autouse=True)
-def unseeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget the seed that the host keeps in the environment, from which distributed strategies seed again."""
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+def unseeded() -> None:
+    """Forget the seed that the host keeps in the environment, from which distributed strategies seed again.
+
+    Not by the fixture `monkeypatch`: used here, it would outlive the fixtures that tidy up after a test.
+    """
+    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 @pytest.fixture(scope="session")
