@@ -13,7 +13,7 @@ takes
 
 DiLoCo: arXiv 2311.08105, which trains with AdamW inside, about 500 local steps a round, :math:`\alpha = 0.7` and
 :math:`\mu = 0.9`. The gain of the outer step on a steady movement is :math:`\alpha / (1 - \mu)`, so 7 times the mean
-movement at those settings: they suit long runs of many rounds.
+movement at those settings: they suit long runs of many rounds. The strategy's defaults are others, from our short runs.
 """
 
 from collections.abc import Sequence

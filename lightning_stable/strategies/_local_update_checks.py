@@ -1,11 +1,10 @@
 """What local updates cannot work with, told before training begins."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer, WeightAveraging
 from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -13,53 +12,33 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_stable.functional._settings import check_choice, check_count
 from lightning_stable.functional.local_update import check_local_steps
+from lightning_stable.strategies._ddp_settings import changed_ddp_settings, check_ddp_settings
 
 __all__ = [
     "check_callbacks",
-    "check_ddp_settings",
     "check_module",
     "check_optimizers",
     "check_precision",
     "check_rounds",
+    "check_settings",
     "check_unfrozen",
     "trained_names",
     "trained_parameters",
+    "warn_of_warmup",
 ]
 
-# What the host's strategy takes besides the arguments of torch's DDP.
-_OF_THE_HOST = (
-    "accelerator",
-    "parallel_devices",
-    "cluster_environment",
-    "checkpoint_io",
-    "precision_plugin",
-    "process_group_backend",
-    "start_method",
-)
 # By name, since importing torch's distributed optimizers warns. LBFGS keeps a history that has no mean.
 _TIED = {"ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "LBFGS"}
-_OTHER_EXCHANGES = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period")
 
 
-def check_ddp_settings(owner: str, settings: Mapping[str, Any], workers: str) -> None:
-    """Raise ``ValueError`` for settings of DDP that would have no effect, or work against the strategy."""
-    other = sorted(name for name in settings if name in _OTHER_EXCHANGES and settings[name] is not None)
-    if other:
-        raise ValueError(f"{owner} makes the exchange itself and cannot take {', '.join(other)}: leave them out.")
-    # A config names every argument of torch's DDP: at its default it asks for nothing.
-    defaults = {name: value.default for name, value in inspect.signature(DistributedDataParallel).parameters.items()}
-    given = settings.keys() - {*_OF_THE_HOST, *_OTHER_EXCHANGES}
-    unknown = sorted(given - defaults.keys())
-    if unknown:
-        raise ValueError(f"{owner} has no setting called {', '.join(unknown)}. Check the spelling.")
-    unused = sorted(name for name in given if settings[name] != defaults[name])
-    if "process_group" in unused:
-        raise ValueError(f"{owner} makes its own process groups: leave out process_group.")
+def check_settings(owner: str, settings: Mapping[str, Any], workers: str) -> None:
+    """Raise ``ValueError`` for settings of DDP that do not exist, have no effect, or work against the strategy."""
+    check_ddp_settings(owner, settings)
+    unused = changed_ddp_settings(settings)
     if unused and workers != "node":
         raise ValueError(
             f"{owner} has no use for {', '.join(unused)}: with workers='process' there is no DDP around the module. "
@@ -96,6 +75,11 @@ def check_rounds(
             "delayed=True or give a number."
         )
     check_choice("variant", variant, ("paper", "corrected"))
+    if variant != "corrected" and not delayed:
+        raise ValueError(
+            f"variant={variant!r} says what follows a delayed exchange, and this one is waited for: set delayed=True, "
+            "or leave it out."
+        )
     check_choice("workers", workers, ("process", "node"))
     check_count("warmup_steps", warmup_steps, 0, "optimizer steps")
 
@@ -168,6 +152,16 @@ def check_unfrozen(owner: str, trained: set[str], module: nn.Module) -> None:
         raise ValueError(
             f"{owner} exchanges the parameters that had requires_grad when training began, but {sorted(changed)[0]!r} "
             "changed it since. Freeze and unfreeze between fits."
+        )
+
+
+def warn_of_warmup(owner: str, warmup_steps: int, trainer: Trainer) -> None:
+    """Warn if no round can begin before the run ends."""
+    total = trainer.estimated_stepping_batches
+    if 0 < total <= warmup_steps:
+        rank_zero_warn(
+            f"{owner}: all of the run's {total:g} steps are synchronous, since the warm-up has {warmup_steps}. Lower "
+            "warmup_steps, or train longer."
         )
 
 

@@ -1,7 +1,6 @@
 """What 1-bit Adam cannot work with, told before training begins."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from lightning.pytorch.plugins import Precision
@@ -9,9 +8,8 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from lightning_stable.functional._settings import check_count
 
-__all__ = ["check_adam", "check_freeze_step", "check_precision", "check_settings"]
+__all__ = ["check_adam", "check_freeze_step", "check_precision"]
 
-_OTHER_EXCHANGES = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period", "process_group")
 _REFUSED_FLAGS = ("amsgrad", "maximize", "capturable", "differentiable")
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16}
 
@@ -25,13 +23,6 @@ def check_freeze_step(freeze_step: int | float) -> None:
             f"freeze_step={freeze_step!r} is not a share of the run between 0 and 1. Give such a share, or a whole "
             "number of optimizer steps from 1 on."
         )
-
-
-def check_settings(owner: str, settings: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for settings of DDP that say how, or among whom, gradients are exchanged."""
-    other = sorted(name for name in _OTHER_EXCHANGES if settings.get(name) is not None)
-    if other:
-        raise ValueError(f"{owner} makes the exchange itself: leave out {', '.join(other)}.")
 
 
 def check_precision(owner: str, precision: Precision) -> None:

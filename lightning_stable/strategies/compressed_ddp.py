@@ -1,11 +1,13 @@
 """DDP whose processes send compressed gradients: top-k, one bit an entry, low rank, or bfloat16.
 
 Use it where the link between processes is what training waits for, and a step's gradient has to cross it: it keeps the
-synchronous steps of DDP, and sends fewer bytes. Of DDP's bytes for float32 gradients and N processes, top-k sends the
-share N ratio, by default 0.01 N (1/50 for two), sign N / 64 (1/32 for two) and bf16 a half. What a message leaves
-out is remembered by the process and made up for in later steps; this memory is in the checkpoint, for each process its
-own, and a resumed run equals the uninterrupted one bit for bit. Do not use it within a machine or over a fast network:
-compressing costs time, and DDP hides its exchange behind the backward pass.
+synchronous steps of DDP, and sends fewer bytes. Of DDP's bytes for float32 gradients and N processes, PowerSGD sends
+about rank (rows + columns) / (rows columns) of each matrix, top-k the share N ratio (1/50 for two and 0.01), sign
+N / 64 (1/32 for two) and bf16 a half. What a message leaves out is remembered by the process and made up for in later
+steps; this memory is in the checkpoint, for each process its own, and a resumed run equals the uninterrupted one bit
+for bit.
+Do not use it within a machine or over a fast network: compressing costs time, and DDP hides its exchange behind the
+backward pass.
 
 Each process keeps copies of the gradients: one with EF, two with EF21, three with EControl, in float32 at least; one
 with PowerSGD, in the gradients' precision.
@@ -13,7 +15,7 @@ with PowerSGD, in the gradients' precision.
 Example:
     >>> from lightning.pytorch import Trainer
     >>> from lightning_stable.strategies import CompressedDDPStrategy
-    >>> strategy = CompressedDDPStrategy(compressor="topk", ratio=0.01)
+    >>> strategy = CompressedDDPStrategy(compressor="powersgd", rank=4)
     >>> trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)  # doctest: +SKIP
 """
 
@@ -29,6 +31,7 @@ from typing_extensions import override
 
 from lightning_stable.functional._settings import check_choice, check_count
 from lightning_stable.functional.compression import ERRORS
+from lightning_stable.strategies._ddp_settings import check_ddp_settings
 from lightning_stable.strategies._rank_state import gather_rank_states, own_rank_state
 from lightning_stable.strategies.hooks import compress_gradients
 from lightning_stable.strategies.hooks._base import CompressionHook
@@ -41,16 +44,15 @@ _ERRORS: dict[str, tuple[str, ...]] = {"topk": ("ef21", "econtrol", "ef"), "sign
 _ERRORS |= {"powersgd": ("ef",), "bf16": ()}
 # Whose memory is lost when the number of processes changes: the first words of the warning.
 _OWNER = "CompressedDDPStrategy (what its messages left out)"
-_REFUSED = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period", "process_group")
 
 
 class CompressedDDPStrategy(DDPStrategy):
     """DDP with compressed gradients and error feedback.
 
     Args:
-        compressor: What is sent of a gradient: "topk", the largest entries of each tensor; "sign", one bit for each
-            entry and one size for each tensor; "powersgd", low-rank factors of each matrix (torch's hook); "bf16", all
-            of it in bfloat16 (torch's hook).
+        compressor: What is sent of a gradient: "powersgd" (default), low-rank factors of each matrix (torch's hook);
+            "topk", the largest entries of each tensor; "sign", one bit for each entry and one size for each tensor;
+            "bf16", all of it in bfloat16 (torch's hook).
         ratio: For "topk": share of each tensor's entries that is sent, in (0, 1]; by default 0.01.
         error: For "topk" and "sign": how what was left out is made up for, "ef21" (default), "econtrol" or "ef".
             "powersgd" has "ef", and "bf16" nothing.
@@ -67,7 +69,7 @@ class CompressedDDPStrategy(DDPStrategy):
     def __init__(
         self,
         *,
-        compressor: Literal["topk", "sign", "powersgd", "bf16"] = "topk",
+        compressor: Literal["topk", "sign", "powersgd", "bf16"] = "powersgd",
         ratio: float | None = None,
         error: Literal["ef21", "econtrol", "ef"] | None = None,
         eta: float | None = None,
@@ -139,6 +141,7 @@ class CompressedDDPStrategy(DDPStrategy):
             rank=self.rank or 1,
             warmup_steps=self.warmup_steps,
         )
+        rank_zero_info(f"CompressedDDPStrategy: {self.world_size} processes, {self._words()}.")
         if loaded is not None:
             self._resume(self._hook, loaded)
 
@@ -175,6 +178,11 @@ class CompressedDDPStrategy(DDPStrategy):
     @property
     def _module(self) -> LightningModule:
         return cast(LightningModule, self.lightning_module)
+
+    def _words(self) -> str:
+        """Return what is sent, as the settings have it."""
+        settings = ("compressor", "error", "ratio", "eta", "rank")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in settings if getattr(self, name) is not None)
 
     def _resume(self, hook: CompressionHook, saved: dict[str, Any]) -> None:
         """Take over what a checkpoint holds, or warn."""
@@ -213,12 +221,7 @@ def _check(compressor: str, error: str | None, settings: dict[str, Any]) -> None
             raise ValueError(
                 f"error={error!r} is not for compressor={compressor!r}, which has {allowed}. Leave it out."
             )
-    for name in _REFUSED:
-        if settings.get(name) is not None:
-            raise ValueError(
-                f"CompressedDDPStrategy is DDP with a hook of its own and cannot take {name}={settings[name]!r}. Leave "
-                "it out, or use DDPStrategy."
-            )
+    check_ddp_settings("CompressedDDPStrategy", settings)
     if compressor == "powersgd" and settings.get("find_unused_parameters"):
         raise ValueError(
             "CompressedDDPStrategy(compressor='powersgd') does not work with find_unused_parameters=True: torch's "
@@ -233,5 +236,5 @@ def _share(name: str, value: float | None, default: float, meant: bool, where: s
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ValueError(f"{name}={value!r} is not in (0, 1]. By default it is {default}.")
     if not meant:
-        raise ValueError(f"{name}={value!r} is for {where} only. Leave it out.")
+        raise ValueError(f"{name}={value!r} is for {where} only. Set that too, or leave {name} out.")
     return float(value)

@@ -44,8 +44,8 @@ class DiLoCoStrategy(LocalUpdateStrategy):
         self,
         *,
         local_steps: int | list[tuple[int, int]] | Literal["auto"] = 24,
-        outer_lr: float = 0.7,
-        outer_momentum: float = 0.9,
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.3,
         delayed: bool = False,
         **settings: Any,
     ) -> None:

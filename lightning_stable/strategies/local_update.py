@@ -40,14 +40,15 @@ from lightning_stable.strategies._gradients import average_gradients
 from lightning_stable.strategies._host import AtTrainEnd, UntiedWorkers, callbacks_of
 from lightning_stable.strategies._local_update_checks import (
     check_callbacks,
-    check_ddp_settings,
     check_module,
     check_optimizers,
     check_precision,
     check_rounds,
+    check_settings,
     check_unfrozen,
     trained_names,
     trained_parameters,
+    warn_of_warmup,
 )
 from lightning_stable.strategies._mean_weights import MeanWeights
 from lightning_stable.strategies._outer_state import outer_state_dict, restore
@@ -94,7 +95,7 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
         timeout: timedelta = default_pg_timeout,
         **settings: Any,
     ) -> None:
-        check_ddp_settings(type(self).__name__, settings, workers)
+        check_settings(type(self).__name__, settings, workers)
         super().__init__(timeout=timeout, **settings)
         check_rounds(
             local_steps,
@@ -120,8 +121,6 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
         self._untied: UntiedWorkers
         self._finisher: Callback | None = None
         self._loaded: dict[str, Any] | None = None
-        self._kept: dict[str, Any]
-        self._pace: Pace | None
         self._start_anew()
 
     # ------------------------------------------------------------------------------------------- the outer step
@@ -208,6 +207,7 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
         if self.local_steps == "auto" and self._progress.chosen_steps == 0:
             self._progress.extend_warmup(MEASURED_STEPS)
             self._pace = Pace(parameters, self._groups, self._message_dtype)
+        warn_of_warmup(type(self).__name__, self._progress.warmup_steps, self._trainer)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -360,14 +360,14 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
     def _start_anew(self) -> None:
         self._progress = Progress(self.local_steps, self.warmup_steps)
         self._mean_weights = MeanWeights()
-        self._pace = None
-        self._kept = {}
+        self._pace: Pace | None = None
+        self._kept: dict[str, Any] = {}
 
     def _release(self) -> None:
         """Give back what a fit held of the host and of the processes."""
         if self._rounds is not None:
-            state = self._own_state()
-            self._kept, self._rounds = on_cpu(state), None
+            state, self._rounds = self._own_state(), None  # the buffers go before the state is copied
+            self._kept = on_cpu(state)
         if self._finisher is not None:
             self._untied.restore()
             callbacks_of(self._trainer).remove(self._finisher)

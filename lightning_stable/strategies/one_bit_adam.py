@@ -33,8 +33,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_stable.strategies._bits import FrozenAdam, steps_made
+from lightning_stable.strategies._ddp_settings import check_ddp_settings
 from lightning_stable.strategies._host import callbacks_of
-from lightning_stable.strategies._one_bit_checks import check_adam, check_freeze_step, check_precision, check_settings
+from lightning_stable.strategies._one_bit_checks import check_adam, check_freeze_step, check_precision
 from lightning_stable.strategies._rank_state import gather_rank_states, own_rank_state
 
 __all__ = ["OneBitAdamStrategy"]
@@ -70,7 +71,7 @@ class OneBitAdamStrategy(DDPStrategy):
         **settings: Any,
     ) -> None:
         check_freeze_step(freeze_step)
-        check_settings(type(self).__name__, settings)
+        check_ddp_settings(type(self).__name__, settings)
         super().__init__(timeout=timeout, **settings)
         self.freeze_step = freeze_step
         self._freeze_at = 0
@@ -120,9 +121,12 @@ class OneBitAdamStrategy(DDPStrategy):
         self._in_training = True
         self._freeze_at = self._steps_to_freeze()
         self._made = {id(optimizer): steps_made(optimizer) for optimizer in self.optimizers}
-        if self._loaded is not None and self.world_size == 1:
-            own_rank_state(self._loaded.get("ranks", []), 0, 1, f"{type(self).__name__}: plain Adam goes on")
-            self._loaded = None
+        if self.world_size == 1:
+            if self._loaded is not None:
+                own_rank_state(self._loaded.get("ranks", []), 0, 1, f"{type(self).__name__}: plain Adam goes on")
+                self._loaded = None
+        elif self._loaded is None:
+            self._announce()
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -225,10 +229,8 @@ class OneBitAdamStrategy(DDPStrategy):
                 "stay as they are from now on. Put freeze_step behind the step at which they begin to train."
             )
         per_step = sum(frozen.bytes_per_step for frozen in self._frozen.values())
-        rank_zero_info(
-            f"{name}: the variance is frozen after {min(self._made.values())} steps. From now on each process sends "
-            f"{per_step / 1e6:.3g} MB a step."
-        )
+        when = "stays frozen, as it was saved" if loaded else f"is frozen after {min(self._made.values())} steps"
+        rank_zero_info(f"{name}: the variance {when}. From now on each process sends {per_step / 1e6:.3g} MB a step.")
 
     def _load_errors(self, loaded: dict[str, Any]) -> None:
         name = type(self).__name__
@@ -243,22 +245,37 @@ class OneBitAdamStrategy(DDPStrategy):
             for frozen, errors in zip(self._frozen.values(), own["errors"], strict=True):
                 frozen.load_state_dict(errors)
 
+    def _announce(self) -> None:
+        name, total = type(self).__name__, self._steps_in_all()
+        if total is not None and self._freeze_at >= total:
+            rank_zero_warn(
+                f"{name}: freeze_step={self.freeze_step} is {self._freeze_at} steps, and the run ends after "
+                f"{total:g}: all of it is plain Adam under DDP. Give a smaller freeze_step."
+            )
+            return
+        rank_zero_info(f"{name}: plain Adam under DDP for {self._freeze_at} steps, then signs of the momentum.")
+
     def _steps_to_freeze(self) -> int:
         if not isinstance(self.freeze_step, float):
             return self.freeze_step
-        trainer = self._of_trainer()
-        total = trainer.estimated_stepping_batches
-        # Of a loader without a length the host knows max_steps, which is -1 where there is none.
-        if not (math.isfinite(total) and total >= 1):
+        total = self._steps_in_all()
+        if total is None:
             raise ValueError(
                 f"{type(self).__name__}(freeze_step={self.freeze_step}) is a share of a run that has no end, or whose "
                 "loader has no length. Set max_steps, or max_epochs where the loader has a length, or give "
                 "freeze_step as a number of optimizer steps."
             )
-        if trainer.max_steps >= 1:
-            # The host counts the steps of all optimizers towards max_steps.
-            total = min(total, trainer.max_steps / len(self.optimizers))
         return max(1, math.ceil(self.freeze_step * total))
+
+    def _steps_in_all(self) -> float | None:
+        """Return how many steps each optimizer makes, ``None`` where the host does not know."""
+        trainer = self._of_trainer()
+        total = trainer.estimated_stepping_batches
+        # Of a loader without a length the host knows max_steps, which is -1 where there is none.
+        if not (math.isfinite(total) and total >= 1):
+            return None
+        # The host counts the steps of all optimizers towards max_steps.
+        return min(total, trainer.max_steps / len(self.optimizers)) if trainer.max_steps >= 1 else total
 
     # ------------------------------------------------------------------ what DDP did
 

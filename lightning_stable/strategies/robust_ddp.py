@@ -113,6 +113,11 @@ class RobustDDPStrategy(DDPStrategy):
                 f"{type(self).__name__} does not work with LBFGS: each worker would decide by its own loss how often "
                 "to ask for a gradient, and they would wait for each other forever. Use SGD or AdamW."
             )
+        else:
+            rank_zero_info(
+                f"{type(self).__name__}: {self.world_size} workers, of which f={self.f} may be faulty; "
+                f"aggregator={self.aggregator!r}."
+            )
 
     @override
     def configure_ddp(self) -> None:

@@ -6,7 +6,7 @@ the same direction from one to the next. It costs three copies of the parameters
 Example:
     >>> from lightning.pytorch import Trainer
     >>> from lightning_stable.strategies import SlowMoStrategy
-    >>> strategy = SlowMoStrategy(local_steps=12, outer_momentum=0.5)
+    >>> strategy = SlowMoStrategy(local_steps=12, outer_momentum=0.2)
     >>> trainer = Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
 """
 
@@ -48,7 +48,7 @@ class SlowMoStrategy(LocalUpdateStrategy):
         *,
         local_steps: int | list[tuple[int, int]] | Literal["auto"] = 24,
         outer_lr: float = 1.0,
-        outer_momentum: float = 0.5,
+        outer_momentum: float = 0.2,
         delayed: bool = False,
         **settings: Any,
     ) -> None:

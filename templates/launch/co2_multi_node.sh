@@ -6,8 +6,10 @@
 #
 # PROCESSES   processes of each machine, the same on all; by default one a GPU, or one without a GPU
 # PORT        a free port of the first machine that the others reach
+# PYTHON      the interpreter that has lightning-stable in it; by default python, as in an environment that is active
 #
 # Arguments go on to the run: ... bash co2_multi_node.sh --vars.local_steps 48 --trainer.precision bf16-mixed
+# To go on, --ckpt_path FILE: every machine reads it, so it has to be on a disk that all share, or copied to each.
 # Where machines have several networks, name the one to use: GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (GPU).
 set -euo pipefail
 

@@ -5,6 +5,7 @@ import logging
 import os
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -319,9 +320,11 @@ class Said(logging.Handler):
 
 
 def train_and_listen(outer: Outer, inner: Inner, **settings: Any) -> dict[str, Any]:
-    """Fit the twin's network and return what was said too."""
-    with Said() as said:
-        return {**train(outer, inner, **settings), "said": said.lines}
+    """Fit the twin's network and return what was said too, in the log and as warnings."""
+    with Said() as said, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = train(outer, inner, **settings)
+    return {**run, "said": [*said.lines, *(str(warning.message) for warning in caught)]}
 
 
 def start_apart(outer: Outer, how: str) -> str:

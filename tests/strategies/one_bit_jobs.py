@@ -222,8 +222,8 @@ class FirstGradients(Callback):
         self.total = state["total"].clone()
 
 
-def resume_from(settings: Settings, path: str, strategy: str = "one_bit_adam") -> dict[str, Any]:
-    """Go on from a checkpoint, with another number of processes or another strategy, and tell what was said."""
+def resume_from(settings: Settings, path: str | None, strategy: str = "one_bit_adam") -> dict[str, Any]:
+    """Train on, from a checkpoint if there is one, in as many processes as there are, and tell what was said."""
     module = TwinNet(settings)
     chosen = OneBitAdamStrategy(freeze_step=settings.freeze_step) if strategy == "one_bit_adam" else strategy
     with warnings.catch_warnings(record=True) as caught:

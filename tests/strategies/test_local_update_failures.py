@@ -170,6 +170,7 @@ BAD_OF_ONE = [
     ("momentum_clip", 0.0, "CO2Strategy"),
     ("staleness_penalty", "gaps", "CO2Strategy"),
     ("staleness_penalty", 0.0, "CO2Strategy"),
+    ("variant", "paper", "LocalSGDStrategy"),
     ("local_steps", "auto", "LocalSGDStrategy"),
     ("local_steps", "auto", "SlowMoStrategy"),
     ("local_steps", "auto", "DiLoCoStrategy"),

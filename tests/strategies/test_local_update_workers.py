@@ -244,6 +244,13 @@ def test_manual_optimisation_counts_the_steps_of_the_busiest_optimizer(two, sche
         close(run["final"], wanted.final, 1e-9)
 
 
+@pytest.mark.parametrize(("steps", "told"), [(4, True), (5, False)])
+def test_a_warm_up_that_takes_the_whole_run_is_told(two, steps, told):
+    outer = Outer("co2", delayed=True, warmup_steps=4)
+    said = two.run(f"{JOBS}:train_and_listen", outer=outer, inner=Inner(), steps=steps)[0]["said"]
+    assert any("all of the run's 4 steps are synchronous" in line for line in said) == told, said
+
+
 def test_a_number_of_local_steps_is_picked_and_told(two):
     outer = Outer("co2", local_steps="auto", delayed=True, outer_lr=0.7)
     runs = two.run(f"{JOBS}:train_and_listen", outer=outer, inner=Inner(), steps=60)

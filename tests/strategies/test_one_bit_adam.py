@@ -163,6 +163,14 @@ def test_a_checkpoint_serves_another_number_of_processes_and_plain_ddp(workers, 
     assert not [said for said in runs[0]["said"] if "OneBitAdam" in said]
 
 
+def test_a_freeze_behind_the_end_is_told(workers):
+    settings = dataclasses.replace(RUNS["adamw"], freeze_step=RUNS["adamw"].steps)
+    first, _ = workers.run(JOBS + "resume_from", settings=settings, path=None)
+    assert not first["frozen"]
+    told = f"freeze_step={settings.steps} is {settings.steps} steps, and the run ends after {settings.steps}:"
+    assert any(told in said for said in first["said"]), first["said"]
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_buffers_follow_rank_zero_as_under_ddp(workers, accumulate):
     settings = Settings(steps=8, accumulate=accumulate)
@@ -265,8 +273,13 @@ def test_a_freeze_that_is_neither_steps_nor_a_share_is_refused(freeze_step):
 
 
 def test_communication_hooks_are_refused():
-    with pytest.raises(ValueError, match="makes the exchange itself: leave out ddp_comm_hook"):
+    with pytest.raises(ValueError, match="cannot take ddp_comm_hook"):
         OneBitAdamStrategy(ddp_comm_hook=lambda state, bucket: None)
+
+
+def test_settings_that_are_no_settings_are_refused():
+    with pytest.raises(ValueError, match="no setting called freeze_steps"):
+        OneBitAdamStrategy(freeze_steps=3)
 
 
 class Configured(AdamNet):
