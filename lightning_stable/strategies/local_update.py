@@ -121,6 +121,7 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
         self._untied: UntiedWorkers
         self._finisher: Callback | None = None
         self._loaded: dict[str, Any] | None = None
+        self._pace: Pace | None
         self._start_anew()
 
     # ------------------------------------------------------------------------------------------- the outer step
@@ -360,7 +361,7 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
     def _start_anew(self) -> None:
         self._progress = Progress(self.local_steps, self.warmup_steps)
         self._mean_weights = MeanWeights()
-        self._pace: Pace | None = None
+        self._pace = None
         self._kept: dict[str, Any] = {}
 
     def _release(self) -> None:
