@@ -66,7 +66,8 @@ def test_every_callback_shows_an_example():
 
 
 def test_the_readme_is_short():
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len([line for line in lines if not line.startswith("| [")]) <= 130, "without the table of methods"
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):

@@ -8,9 +8,12 @@ if TYPE_CHECKING:
     from lightning_stable.callbacks.ewc import EWC
     from lightning_stable.callbacks.l2_anchor import L2Anchor
     from lightning_stable.callbacks.lae import LAE
+    from lightning_stable.callbacks.logit_sharpness import LogitSharpness
     from lightning_stable.callbacks.lwf import LwF
     from lightning_stable.callbacks.mesa import MESA
+    from lightning_stable.callbacks.numerics_monitor import NumericsMonitor
     from lightning_stable.callbacks.orthograd import OrthoGrad
+    from lightning_stable.callbacks.precision_fallback import PrecisionFallback
     from lightning_stable.callbacks.refresh_learning import RefreshLearning
     from lightning_stable.callbacks.replay import Replay
     from lightning_stable.callbacks.saf import SAF
@@ -30,8 +33,11 @@ __all__ = [
     "SAM",
     "BalancedEMA",
     "L2Anchor",
+    "LogitSharpness",
     "LwF",
+    "NumericsMonitor",
     "OrthoGrad",
+    "PrecisionFallback",
     "RefreshLearning",
     "Replay",
     "SoftmaxCollapseMonitor",

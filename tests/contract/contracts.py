@@ -25,7 +25,7 @@ from contract.recovery import (
     check_reuse,
     is_finite,
 )
-from contract.rows import CUT, STEPS, Row, Settings, StrategySettings, resolve
+from contract.rows import CUT, STEPS, Row, Settings, StrategySettings, on_top_of, resolve
 from contract.workers import Pair, processes
 
 __all__ = [
@@ -149,8 +149,9 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 def check_oracle(row: Row, how: str, tmp_path: Path) -> None:
     """Under accumulation, clipping and bf16-mixed the plugin does what its oracle says, for every optimizer step."""
+    row, settings = on_top_of(row, PRECISIONS[how])
     plugin = row.settings.make()
-    run = fit([plugin], validation=Stream(2, seed=5), max_steps=STEPS, check_val_every_n_epoch=1, **PRECISIONS[how])
+    run = fit([plugin], validation=Stream(2, seed=5), max_steps=STEPS, check_val_every_n_epoch=1, **settings)
     assert len(run.steps) == STEPS
     row.settings.oracle(run, plugin)
 
@@ -242,4 +243,5 @@ def check_company(row: Row, other: Row, tmp_path: Path) -> None:
 
 def check_precision_company(row: Row, precision: str, tmp_path: Path) -> None:
     """The plugin trains and resumes bit-exactly under one of the host's precisions."""
-    check_resume(row, tmp_path, precision=precision)
+    row, settings = on_top_of(row, {"precision": precision})
+    check_resume(row, tmp_path, **settings)

@@ -1,9 +1,10 @@
 """What a contract is told about a method: its row."""
 
+import functools
 import importlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ class StrategySettings(Settings):
 
 
 @dataclass(frozen=True)
+class PrecisionSettings(Settings):
+    """What the contracts need to know about a precision plugin, which takes the place of the host's.
+
+    Attributes:
+        under: Makes the plugin on top of one of the host's precisions, such as ``"bf16-mixed"``.
+    """
+
+    under: Callable[[str], Any] | None = None
+
+
+@dataclass(frozen=True)
 class Row:
     """A method under contract.
 
@@ -89,6 +101,16 @@ class Row:
     def has_rounds(self) -> bool:
         """Whether saving a checkpoint changes training, since it is the end of a round."""
         return isinstance(self.settings, StrategySettings) and self.settings.rounds
+
+
+def on_top_of(row: Row, settings: dict[str, Any]) -> tuple[Row, dict[str, Any]]:
+    """Return a row and a Trainer's settings, of which a precision plugin takes the precision upon itself."""
+    if not isinstance(row.settings, PrecisionSettings) or "precision" not in settings:
+        return row, settings
+    assert row.settings.under is not None, f"{row.name} does not say how it is made on top of a precision"
+    make = functools.partial(row.settings.under, settings["precision"])
+    rest = {name: value for name, value in settings.items() if name != "precision"}
+    return replace(row, settings=replace(row.settings, make=make)), rest
 
 
 def resolve(path: str) -> Any:

@@ -5,7 +5,16 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from contract import continual_rows, metric_checks, oracle_checks, strategy_rows
+from contract import (
+    continual_rows,
+    fallback_checks,
+    metric_checks,
+    numerics_checks,
+    oracle_checks,
+    precision_checks,
+    strategy_rows,
+    torchao_checks,
+)
 from contract.rows import STEPS, Row, Settings
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import Precision
@@ -20,6 +29,8 @@ from lightning_stable.callbacks import (
     SAF,
     SAM,
     BalancedEMA,
+    LogitSharpness,
+    NumericsMonitor,
     OrthoGrad,
     SoftmaxCollapseMonitor,
     SpikeGuard,
@@ -127,6 +138,24 @@ SETTINGS: dict[str, Settings] = {
     ),
     **continual_rows.SETTINGS,
     **strategy_rows.SETTINGS,
+    **precision_checks.SETTINGS,
+    **torchao_checks.SETTINGS,
+    "numerics_monitor": Settings(
+        make=lambda: NumericsMonitor(**numerics_checks.WATCHED),
+        oracle=numerics_checks.numerics_monitor,
+        identities=(lambda: NumericsMonitor(**numerics_checks.WATCHED),),
+        observer=True,
+        # The loss of each process is a mean over half as many samples.
+        twin=lambda: numerics_checks.MonitorOfTwo(**numerics_checks.WATCHED),
+    ),
+    "logit_sharpness": Settings(
+        make=lambda: LogitSharpness(**numerics_checks.SHARPNESS),
+        oracle=numerics_checks.logit_sharpness,
+        identities=(lambda: LogitSharpness(**numerics_checks.SHARPNESS),),
+        observer=True,
+        refused_modules={"boring": "logits='head' of LogitSharpness is no submodule of PlainBoring"},
+    ),
+    "precision_fallback": fallback_checks.SETTINGS,
 }
 
 

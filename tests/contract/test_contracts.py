@@ -32,6 +32,7 @@ def check(name: str, row: Row, tmp_path: Path, workers: Pair, **arguments: Any) 
 
 CALLBACKS = [row for row in ROWS if row.kind == "callback"]
 STRATEGIES = [row for row in ROWS if row.kind == "strategy"]
+PLUGINS = [row for row in ROWS if row.kind == "precision"]
 # Both orders: hooks run in the order in which callbacks are given. A metric is not in the Trainer with them.
 PAIRS = list(itertools.permutations(CALLBACKS, 2))
 
@@ -113,6 +114,12 @@ def test_10_company(row: Row, other: Row, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", CALLBACKS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", PLUGINS, ids=lambda row: row.name)
+def test_10_company_of_precision_plugins(row: Row, other: Row, tmp_path: Path) -> None:
+    contracts.check_company(row, other, tmp_path)
+
+
+@pytest.mark.parametrize("other", [*CALLBACKS, *PLUGINS], ids=lambda row: row.name)
 @pytest.mark.parametrize("row", STRATEGIES, ids=lambda row: row.name)
 def test_10_company_of_strategies(row: Row, other: Row, tmp_path: Path, workers: Pair) -> None:
     name = f"contract.settings:BY_NAME[{other.name}]"

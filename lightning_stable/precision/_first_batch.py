@@ -1,0 +1,310 @@
+"""What a simulated precision looks at on the first batch: whether layers quantize, and how far gradients are off."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torchmetrics import Metric, MetricCollection
+from typing_extensions import override
+
+from lightning_stable.functional._simulated_layers import Quantized
+from lightning_stable.functional.quantize import Quantizer, quantize
+from lightning_stable.functional.simulated import LayerQuantization, quantized_layers
+
+__all__ = [
+    "Compared",
+    "FirstBatch",
+    "Watch",
+    "all_layers",
+    "compare_gradients",
+    "loss_on",
+    "quiet",
+    "why_not_again",
+]
+
+# Below this cosine of the gradient to that in high precision the user is warned.
+LOWEST_COSINE = 0.9
+
+
+class _Seen(NamedTuple):
+    """An operand that was quantized: whether it changed, and whether it would when quantized on its own."""
+
+    changed: Tensor
+    off_grid: Tensor
+
+
+class Watch:
+    """Looks at the operands of converted layers until :meth:`stop`."""
+
+    def __init__(self, owner: str, module: nn.Module) -> None:
+        self._owner = owner
+        self._module = module
+        self._layers = quantized_layers(module)
+        self._seen: dict[tuple[str, str], list[_Seen]] = {}
+        for state in self._layers.values():
+            state.observers.append(self._look)
+
+    def _look(self, name: str, operand: str, exact: Tensor, quantized: Tensor) -> None:
+        layer = cast(Quantized, self._module.get_submodule(name))
+        quantizer: Quantizer = getattr(layer.quantization, operand)
+        matrix = layer.matrix(operand, exact, quantizer)
+        # Rounded to the nearest, which draws no random numbers that training would miss.
+        again = quantize(matrix, replace(quantizer, rounding="nearest"))
+        seen = _Seen((exact != quantized).any(), (matrix != again).any())
+        self._seen.setdefault((name, operand), []).append(seen)
+
+    def stop(self) -> None:
+        """Take the observers off."""
+        for state in self._layers.values():
+            state.observers[:] = [observer for observer in state.observers if observer != self._look]
+
+    def judge(self) -> None:
+        """Say which layers did not run, and fail if one ran without quantizing.
+
+        Raises:
+            ValueError: If an operand of a layer went into its product as it was, off the grid.
+        """
+        idle = []
+        for name, state in self._layers.items():
+            if not (state.enabled and state.quantizes):
+                continue
+            seen = {operand: found for (layer, operand), found in self._seen.items() if layer == name}
+            if not seen:
+                idle.append(name)
+            for operand, found in seen.items():
+                if state.outlier_threshold is not None and operand != "gradients":
+                    continue  # all of it may be outliers
+                if any(bool(each.off_grid) and not bool(each.changed) for each in found):
+                    raise ValueError(
+                        f"{self._owner}: layer {name!r} was converted, but its {operand} went into the product as they "
+                        f"were, in {getattr(state, operand).format} no more than before. Something multiplies in its "
+                        "place. Leave the layer out with exclude, or take away what replaces its forward."
+                    )
+        if idle:
+            rank_zero_warn(
+                f"{self._owner}: {', '.join(map(repr, idle))} did not run in the first batch, so nothing of it was "
+                "quantized. If its weights are used by another module, which multiplies by them itself, that product "
+                "stays exact: leave the layer out with exclude."
+            )
+
+
+class FirstBatch(Callback):
+    """Checks the converted layers of a module on the first batch that it trains on.
+
+    Args:
+        owner: The class that is named in messages.
+        forward_context: The precision's context for a forward pass.
+        compare: Compare the gradient with that in high precision.
+        before: Called with the Trainer, the module, the batch and its number before each batch.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        forward_context: Callable[[], Any],
+        compare: bool,
+        before: Callable[[Trainer, LightningModule, Any, int], None],
+    ) -> None:
+        self._owner = owner
+        self._forward_context = forward_context
+        self._compare = compare
+        self._before = before
+        self._watch: Watch | None = None
+        self._done = False
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._before(trainer, pl_module, batch, batch_idx)
+        if self._done:
+            return
+        why_not = why_not_again(pl_module)
+        if self._compare and why_not is None:
+            self._done = True
+            self._report(pl_module, batch, batch_idx)
+            return
+        if self._compare:
+            rank_zero_info(f"{self._owner}: the gradient is not compared with that in high precision: {why_not}.")
+        self._watch = Watch(self._owner, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._watch is not None:
+            self._done = True
+            self._watch.stop()
+            self._watch.judge()
+            self._watch = None
+
+    def _report(self, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # What is compiled need not be compiled again for two passes.
+        with torch.compiler.set_stance("force_eager"), quiet(pl_module), self._forward_context():
+            found = compare_gradients(self._owner, pl_module, lambda: loss_on(pl_module, batch, batch_idx))
+        if found is None:
+            rank_zero_info(f"{self._owner}: the first batch gives the quantized layers no gradient to compare.")
+            return
+        text = (
+            f"{self._owner}: on the first batch the gradient of the quantized layers has a cosine of "
+            f"{found.cosine:.4f} to that in high precision."
+        )
+        if found.without:
+            text += (
+                f" {found.without} of {found.parameters} parameters have none there: they are not trained on, or under "
+                "reentrant checkpointing."
+            )
+        rank_zero_info(text)
+        if not found.cosine >= LOWEST_COSINE:
+            rank_zero_warn(
+                f"{text} Below {LOWEST_COSINE} training often suffers. Take a format with more bits, a finer scaling, "
+                "or leave sensitive layers out with exclude; first of all keep gradients as they are (gradients=None)."
+            )
+
+
+class Compared(NamedTuple):
+    """Two gradients of the converted layers.
+
+    Attributes:
+        cosine: Between them; not a number where one of them is zero or not finite.
+        parameters: How many tensors the layers have that train.
+        without: How many of them got no gradient.
+    """
+
+    cosine: float
+    parameters: int
+    without: int
+
+
+def compare_gradients(owner: str, module: nn.Module, loss_of: Callable[[], Tensor | None]) -> Compared | None:
+    """Compare the quantized gradient of the converted layers' parameters with the exact one.
+
+    Both are of the same batch and random numbers, and touch no ``.grad``. The layers are watched on the way.
+
+    Args:
+        owner: The class that is named in errors.
+        module: The module with converted layers.
+        loss_of: Runs the module and returns its loss, or ``None`` where it skips the batch.
+
+    Returns:
+        What was found; ``None`` if there is no gradient.
+
+    Raises:
+        ValueError: If a layer does not quantize, or the gradient cannot be computed apart from training.
+    """
+    layers = quantized_layers(module)
+    found = [p for name in layers for p in module.get_submodule(name).parameters(recurse=False) if p.requires_grad]
+    weights = list(dict.fromkeys(found))
+    with all_layers(layers, enabled=True):
+        watch = Watch(owner, module)
+        with isolate_rng():
+            quantized = _gradients(owner, loss_of, weights)
+        watch.judge()
+    with all_layers(layers, enabled=False):
+        exact = _gradients(owner, loss_of, weights)
+    pairs = [(a, b) for a, b in zip(quantized, exact, strict=True) if a is not None and b is not None]
+    if not pairs:
+        return None
+    sums = [torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]) for a, b in pairs]
+    dot, left, right = torch.stack(sums).sum(0)
+    return Compared(float(dot / (left.sqrt() * right.sqrt())), len(weights), len(weights) - len(pairs))
+
+
+def _gradients(owner: str, loss_of: Callable[[], Tensor | None], weights: list[nn.Parameter]) -> list[Tensor | None]:
+    with torch.enable_grad():
+        loss = loss_of()
+        if loss is None or not loss.requires_grad or not weights:
+            return [None for _ in weights]
+        try:
+            found = torch.autograd.grad(loss, weights, allow_unused=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{owner} could not compute the gradient of the first batch apart from training, to compare it with "
+                f"that in high precision. Set check_gradients=False. ({error})"
+            ) from error
+    return [None if gradient is None else gradient.float() for gradient in found]
+
+
+@contextmanager
+def all_layers(layers: Mapping[str, LayerQuantization], *, enabled: bool) -> Iterator[None]:
+    """Let all layers quantize, or none, with nobody else watching."""
+    before = {name: (state.enabled, state.observers) for name, state in layers.items()}
+    try:
+        for state in layers.values():
+            state.enabled, state.observers = enabled, []
+        yield
+    finally:
+        for name, state in layers.items():
+            state.enabled, state.observers = before[name]
+
+
+def why_not_again(pl_module: LightningModule) -> str | None:
+    """Say why a module's training step cannot be run besides those that count; ``None`` if it can."""
+    if not pl_module.automatic_optimization:
+        return f"{type(pl_module).__name__} steps its optimizers itself (automatic_optimization=False)"
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        return f"{type(pl_module).__name__}.training_step takes dataloader_iter, which gives each batch once"
+    return None
+
+
+def loss_on(pl_module: LightningModule, batch: Any, batch_idx: int) -> Tensor | None:
+    """Run the module's own training step, without what callbacks add to it."""
+    step = inspect.unwrap(pl_module.training_step)
+    # Containers of its own, in case the step takes them apart.
+    batch = tree_map(lambda leaf: leaf, batch)
+    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+    output = step(batch, batch_idx) if takes_index else step(batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return loss if isinstance(loss, Tensor) else None
+
+
+@contextmanager
+def quiet(pl_module: LightningModule) -> Iterator[None]:
+    """Let passes leave no trace: nothing is logged, buffers, metrics and random numbers are as before afterwards."""
+    buffers = [
+        (part, name, buffer, buffer.detach().clone())
+        for part in pl_module.modules()
+        for name, buffer in part.named_buffers(recurse=False)
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(isolate_rng())
+        for parent, name, metric in list(_metrics(pl_module)):
+            stack.callback(setattr, parent, name, metric)
+            stand_in = metric.clone()
+            stand_in.reset()
+            setattr(parent, name, stand_in)
+        own = vars(pl_module).get("log")
+        stack.callback(_put_back, pl_module, own)
+        vars(pl_module)["log"] = lambda *args, **kwargs: None
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for part, name, buffer, value in buffers:
+                    buffer.copy_(value)
+                    if getattr(part, name) is not buffer:
+                        setattr(part, name, buffer)  # the module put another tensor in its place
+
+
+def _put_back(pl_module: LightningModule, own: Any) -> None:
+    if own is None:
+        del vars(pl_module)["log"]
+    else:
+        vars(pl_module)["log"] = own
+
+
+def _metrics(module: nn.Module) -> Iterator[tuple[nn.Module, str, Metric | MetricCollection]]:
+    """Yield the outermost metrics within a module, in each place that they have."""
+    within: list[str] = []
+    for path, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, (Metric, MetricCollection)) and not any(path.startswith(outer) for outer in within):
+            within.append(f"{path}.")
+            parent, _, name = path.rpartition(".")
+            yield module.get_submodule(parent), name, part
