@@ -27,8 +27,11 @@ FOLDERS: dict[TemplateKind, str] = {"recipe": "recipes", "addon": "addons"}
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-GUIDES = ("task_stream",)
+GUIDES = ("sweep", "task_stream")
 """Pages about what is no method."""
+
+# Where the same is said in docstrings.
+_ROOM_OF = {"sweep": "cli", "task_stream": "data"}
 
 PICTURE_FORMATS = (".png", ".svg", ".pdf")
 """The suffixes that ``lightning-stable plot --output`` takes."""
@@ -127,7 +130,8 @@ def read_guide(name: str) -> str:
     """
     path = _folder("guides", "docs") / f"{name}.md"
     if not path.is_file():
-        raise CommandError(f"The guide {name!r} is not installed. See: python -m pydoc lightning_stable.data.{name}")
+        module = f"lightning_stable.{_ROOM_OF[name]}.{name}"
+        raise CommandError(f"The guide {name!r} is not installed. See: python -m pydoc {module}")
     return path.read_text(encoding="utf-8")
 
 

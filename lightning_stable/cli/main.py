@@ -25,6 +25,7 @@ TRAINER_COMMANDS = {
 }
 COMMANDS = {
     "run": "train a packaged recipe",
+    "sweep": "run a grid of seeds, learning rates and precisions, and tell what diverges",
     "list": "list methods, recipes and addons",
     "show": "print the card of a method, a guide, or a packaged config or script",
     "plot": "draw the stability gap of a run",
@@ -37,6 +38,7 @@ examples:
   {PROGRAM} run lm_pretrain --trainer.max_steps 20
   {PROGRAM} fit --config mine.yaml --config addon:ema
   {PROGRAM} validate --config recipe:quickstart --ckpt_path runs/quickstart/version_0/checkpoints/last.ckpt
+  {PROGRAM} sweep --config quickstart --lr 1e-3 1e-2 --precision 32-true e4m3 --seeds 3
   {PROGRAM} show wsd
   {PROGRAM} plot runs/stability_gap/version_0
 """
@@ -96,6 +98,10 @@ def _dispatch(arguments: list[str], debug: bool) -> int:
     if not command:
         parser.print_help(sys.stderr)
         return 2
+    if command == "sweep":
+        from lightning_stable.cli.sweep import sweep
+
+        return sweep(*parser.parse_known_args(arguments))
     _run_light(parser.parse_args(arguments))
     sys.stdout.flush()
     return 0
@@ -168,6 +174,17 @@ def _parser() -> _Parser:
         metavar="OPTION",
         nargs="*",
         help="options of fit, e.g. --vars.lr 0.01, --trainer.max_steps 20, --config mine.yaml, --config addon:ema",
+    )
+    from lightning_stable.cli.sweep import add_sweep_options
+
+    add_sweep_options(
+        commands.add_parser(
+            "sweep",
+            help=COMMANDS["sweep"],
+            description="Train once for each seed, learning rate and precision, each run in a process of its own, and "
+            "report the share that diverged.",
+            allow_abbrev=False,
+        )
     )
     commands.add_parser("list", help=COMMANDS["list"], description="List methods, recipes and addons.")
     show = commands.add_parser(

@@ -137,7 +137,7 @@ def test_help_and_version(capsys):
 
 
 def test_the_commands_are_frozen():
-    assert list(COMMANDS) == ["run", "list", "show", "plot", "fit", "validate", "test", "predict"]
+    assert list(COMMANDS) == ["run", "sweep", "list", "show", "plot", "fit", "validate", "test", "predict"]
 
 
 def test_light_commands_import_no_torch():

@@ -1,0 +1,247 @@
+"""``lightning-stable sweep``: seeds x learning rates x precisions, one subprocess a run, and the share that diverged.
+
+It needs no torch itself. What a run is, and its files: :mod:`lightning_stable.cli._sweep_grid`. What has diverged:
+:func:`lightning_stable.cli._sweep_report.divergence`.
+"""
+
+import argparse
+import hashlib
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from lightning_stable.cli._sweep_grid import (
+    LOG_NAME,
+    RECORD_NAME,
+    RESULT_NAME,
+    Run,
+    command_of,
+    config_paths,
+    make_grid,
+    parse_seeds,
+    read_json,
+    run_config,
+    write_json,
+)
+from lightning_stable.cli._sweep_pool import Ended, Job, run_here, run_on_ray
+from lightning_stable.cli._sweep_report import (
+    DIVERGED_AT,
+    all_results,
+    divergence,
+    draw_map,
+    make_cells,
+    markdown_table,
+)
+from lightning_stable.cli.locate import CommandError, resolve_config, short_path
+
+__all__ = ["add_sweep_options", "sweep"]
+
+# Exit code of a run whose command line or config is wrong: the others would end so, too.
+_WRONG_USE = 2
+
+# How the command begins what went wrong, and how much of it is repeated.
+_ERROR, _LONGEST = "lightning-stable: error: ", 300
+
+_EPILOG = """\
+Everything else goes on to each run, as in 'lightning-stable fit': --trainer.max_steps 500, --vars.batch_size 32.
+
+precisions:
+  32-true, bf16-mixed ...  the host's own
+  e8m5                     SimulatedPrecision with weights, activations and gradients in that format
+  e4m3/e5m2                weights and activations in the first, gradients in the second
+  int4:group:128           with a scaling: tensor, channel, row, group:N
+
+Started again with the same --out it goes on: runs that have ended are not run again. More seeds, rates and precisions
+may be added. The guide: lightning-stable show sweep
+"""
+
+
+def add_sweep_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to its parser."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    add = parser.add_argument
+    add("-c", "--config", action="append", required=True, help="a recipe's name, a YAML file or addon:NAME; repeatable")
+    add("--lr", nargs="+", type=float, required=True, metavar="LR", help="the learning rates")
+    add("--precision", nargs="+", default=["32-true"], metavar="P", help="the precisions (default: 32-true)")
+    add("--seeds", nargs="+", type=int, default=[5], metavar="N", help="how many seeds, or the seeds (default: 5)")
+    add("--jobs", type=int, default=1, metavar="N", help="runs side by side (default: 1)")
+    add("--out", default="runs/sweep", metavar="DIR", help="where everything is written (default: runs/sweep)")
+    add("--lr-key", default="vars.lr", metavar="KEY", help="the option that sets the rate (default: vars.lr)")
+    add("--metric", default="val_loss", metavar="NAME", help="the logged loss to judge by (default: val_loss)")
+    add(
+        "--diverged-at",
+        type=float,
+        default=DIVERGED_AT,
+        metavar="SHARE",
+        help="a run that lost more than this share of what it had learnt has diverged (default: 0.25)",
+    )
+    add("--keep-checkpoints", action="store_true", help="keep the checkpoints of runs that ended")
+    add("--ray", action="store_true", help="run by Ray, on the machines of its cluster")
+    add("--gpus-per-run", type=float, default=0.0, metavar="N", help="with --ray: GPUs of a run (default: 0)")
+
+
+class _Sweep(NamedTuple):
+    """A sweep that is asked for.
+
+    Attributes:
+        options: Its options.
+        configs: The configs, as ``fit`` takes them.
+        overrides: What goes on to each run.
+        runs: All its runs.
+        folder: Where everything is written.
+    """
+
+    options: argparse.Namespace
+    configs: list[str]
+    overrides: list[str]
+    runs: list[Run]
+    folder: Path
+
+    def place(self, run: Run) -> Path:
+        """Return the folder of a run."""
+        return self.folder / "runs" / run.name
+
+
+def sweep(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run what is missing of a sweep, and report on all of it.
+
+    Args:
+        options: As :func:`add_sweep_options` has them.
+        overrides: Options that every run gets besides.
+
+    Returns:
+        The exit code: 0 if all runs ended, those that diverged included, 1 if others failed.
+
+    Raises:
+        CommandError: If an option is wrong, the folder holds another sweep, or a run's command line is wrong.
+    """
+    asked = _ask(options, list(overrides))
+    results = {run: found for run in asked.runs if (found := read_json(asked.place(run) / RESULT_NAME)) is not None}
+    missing = [run for run in asked.runs if run not in results]
+    if results:
+        _say(f"{len(results)} of {len(asked.runs)} runs in {short_path(asked.folder)} have ended before.")
+    jobs = [_prepare(asked, run) for run in missing]
+    ended = run_on_ray(jobs, options.gpus_per_run) if options.ray and jobs else run_here(jobs, options.jobs)
+    failed: list[Run] = []
+    for one in ended:
+        run = missing[one.place]
+        record = _take_result(asked, run, one)
+        if record is None:
+            failed.append(run)
+        else:
+            results[run] = record
+        _tell(asked, run, one, record, len(results) + len(failed))
+    _report(asked, results, failed)
+    return 1 if failed else 0
+
+
+def _ask(options: argparse.Namespace, overrides: list[str]) -> _Sweep:
+    """Check what is asked for, and that the folder is free or holds the same."""
+    for name, value, lowest in (("--jobs", options.jobs, 1), ("--gpus-per-run", options.gpus_per_run, 0)):
+        if value < lowest:
+            raise CommandError(f"{name} {value}: give a number from {lowest} on.")
+    if not 0 < options.diverged_at < float("inf"):
+        raise CommandError(f"--diverged-at {options.diverged_at}: a share is above 0. 0.25 is usual.")
+    configs = config_paths(options.config)
+    runs = make_grid(options.precision, options.lr, parse_seeds(options.seeds))
+    folder = Path(options.out)
+    texts = [Path(resolve_config(config)[0]).read_bytes() for config in configs]
+    settings = {
+        "config": configs,
+        "contents": [hashlib.sha256(text).hexdigest() for text in texts],
+        "options": overrides,
+        "lr-key": options.lr_key,
+        "metric": options.metric,
+    }
+    before = read_json(folder / "settings.json")
+    if before is not None and before != settings:
+        other = ", ".join(name for name in settings if before.get(name) != settings[name])
+        raise CommandError(
+            f"--out {options.out} holds a sweep that differs in: {other}. Its runs do not go with these: give another "
+            "--out, or delete it."
+        )
+    write_json(folder / "settings.json", settings)
+    return _Sweep(options, configs, overrides, runs, folder)
+
+
+def _prepare(asked: _Sweep, run: Run) -> Job:
+    """Write a run's config, and return what starts it."""
+    folder = asked.place(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD_NAME).unlink(missing_ok=True)
+    config = run_config(run, folder, asked.configs, asked.options.metric)
+    (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return Job(command_of(run, folder, asked.configs, asked.options.lr_key, asked.overrides), str(folder), {})
+
+
+def _take_result(asked: _Sweep, run: Run, ended: Ended) -> dict[str, Any] | None:
+    """Return what a run recorded, kept so that it counts as ended; ``None`` if it failed.
+
+    Raises:
+        CommandError: If its command line or config was wrong.
+    """
+    folder = asked.place(run)
+    if ended.code == _WRONG_USE:
+        raise CommandError(f"The run {run} cannot begin: {_last_line(folder)} Its output: {folder / LOG_NAME}")
+    record = read_json(folder / RECORD_NAME) if ended.code == 0 else None
+    if record is None:
+        return None
+    record["seconds"] = round(ended.seconds, 1)
+    write_json(folder / RESULT_NAME, record)
+    if not asked.options.keep_checkpoints:
+        for checkpoint in folder.rglob("*.ckpt"):
+            checkpoint.unlink()
+    return record
+
+
+def _last_line(folder: Path) -> str:
+    """Return the last error that a run printed, in short, or else its last line."""
+    lines = (folder / LOG_NAME).read_text(encoding="utf-8", errors="replace").split("\n")
+    said = [line.strip() for line in lines if line.strip()] or ["it printed nothing."]
+    errors = [line for line in said if line.startswith(_ERROR)] or said
+    return textwrap.shorten(errors[-1].removeprefix(_ERROR), _LONGEST)
+
+
+def _tell(asked: _Sweep, run: Run, ended: Ended, record: dict[str, Any] | None, count: int) -> None:
+    """Print a line on a run that is over."""
+    if record is None:
+        said = f"failed with exit code {ended.code}, see {short_path(asked.place(run) / LOG_NAME)}"
+    else:
+        why = divergence(record, asked.options.diverged_at)
+        said = f"diverged: {why}" if why else f"{record['metric']} {record['final']:.4g}"
+    _say(f"[{count}/{len(asked.runs)}] {run}: {said} ({ended.seconds:.0f} s)")
+
+
+def _report(asked: _Sweep, results: dict[Run, dict[str, Any]], failed: list[Run]) -> None:
+    """Print and write the table, and draw the map."""
+    share, metric = asked.options.diverged_at, asked.options.metric
+    cells = make_cells(asked.runs, results, failed, share)
+    table = markdown_table(cells, metric)
+    (asked.folder / "table.md").write_text(table, encoding="utf-8")
+    write_json(asked.folder / "sweep.json", all_results(asked.runs, results, failed, cells, share))
+    _say(f"\n{table}")
+    picture = asked.folder / "heatmap.png"
+    try:
+        draw_map(cells, picture, f"{', '.join(asked.options.config)}: share of runs that diverged", metric)
+        _say(f"Heat map: {short_path(picture)}")
+    except ModuleNotFoundError as error:
+        _say(str(error))
+    _say(f"All results: {short_path(asked.folder / 'sweep.json')}")
+    if failed:
+        place = asked.place(failed[0])
+        sys.stderr.write(
+            f"{_ERROR}{len(failed)} of {len(asked.runs)} runs failed. The first of them, {failed[0]}, "
+            f"ended with: {_last_line(place)} Its output: {short_path(place / LOG_NAME)}. The same command again runs "
+            "those that failed.\n"
+        )
+
+
+def _say(text: str) -> None:
+    """Print a line at once, so that a long sweep can be followed in a file."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
