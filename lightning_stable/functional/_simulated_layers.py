@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_stable.functional.quantize import Quantizer, quantize, quantize_gradient, straight_through
+from lightning_stable.functional.quantize import Quantizer, quantize_gradient, straight_through
 
 __all__ = [
     "LayerQuantization",
@@ -86,6 +86,12 @@ class Quantized(nn.Module):
 
     def _quantized(self, exact: Tensor) -> Tensor:
         state, layer = self.quantization, cast(Any, self)
+        if state.generator is not None and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"Layer {state.name!r} is computed again in the backward pass, as activation checkpointing does, and "
+                "stochastic rounding would draw other numbers than before: gradients would be wrong. Take "
+                "rounding='nearest', or leave out the checkpointing."
+            )
         outliers = self._outliers(exact)
         columns = None if outliers is None else self._columns(outliers)
         x = self._operand("activations", state.activations, exact, outliers)
@@ -126,7 +132,9 @@ class Quantized(nn.Module):
             return self._shaped("gradients", matrix, product)
 
         def quantized(gradient: Tensor) -> Tensor:
-            matrix = quantize(self.matrix("gradients", gradient, quantizer), quantizer, generator=state.generator)
+            # A second derivative passes here as it does without observers.
+            matrix = self.matrix("gradients", gradient, quantizer)
+            matrix = straight_through(matrix, quantizer, generator=state.generator)
             found = self._shaped("gradients", matrix, gradient)
             state.tell("gradients", gradient, found)
             return found
@@ -142,7 +150,8 @@ class Quantized(nn.Module):
             return None
         feature = self._feature(x)
         others = [dimension for dimension in range(x.ndim) if dimension != feature]
-        return x.detach().abs().amax(others, keepdim=True) >= threshold
+        size = x.detach().abs()
+        return (size.amax(others, keepdim=True) if others else size) >= threshold
 
     # ------------------------------------------------------------------ what convolutions do otherwise
 

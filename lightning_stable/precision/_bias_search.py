@@ -37,7 +37,8 @@ def search_biases(
         if state.weights is not None:
             found[name][0] = _search(layer.weight, state.weights)
         if state.activations is not None:
-            handles.append(layer.register_forward_pre_hook(_at_first_input(found[name], state.activations)))
+            hook = _at_first_input(found[name], state.activations)
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         with (
             torch.compiler.set_stance("force_eager"),
@@ -62,9 +63,10 @@ def apply_biases(module: nn.Module, biases: Biases) -> None:
 
 
 def _at_first_input(into: list[float | None], quantizer: Quantizer) -> Callable[..., None]:
-    def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if into[1] is None and inputs[0].numel():
-            into[1] = _search(inputs[0], quantizer)
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = inputs[0] if inputs else named["input"]
+        if into[1] is None and x.numel():
+            into[1] = _search(x, quantizer)
 
     return hook
 

@@ -256,7 +256,9 @@ def why_not_again(pl_module: LightningModule) -> str | None:
 
 def loss_on(pl_module: LightningModule, batch: Any, batch_idx: int) -> Tensor | None:
     """Run the module's own training step, without what callbacks add to it."""
-    step = inspect.unwrap(pl_module.training_step)
+    step = vars(pl_module).get("training_step")
+    if step is None or hasattr(step, "method_wrap"):
+        step = type(pl_module).training_step.__get__(pl_module)
     # Containers of its own, in case the step takes them apart.
     batch = tree_map(lambda leaf: leaf, batch)
     takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_stable.functional._settings import check_choice, check_count
+from lightning_stable.precision._host import COMPUTE, host_precision
 from lightning_stable.precision._torchao_layers import Choice, LayerSwitch, Sample, choose_layers, probe
 
 __all__ = ["TorchaoPrecision", "check_cuda"]
@@ -60,7 +61,7 @@ class TorchaoPrecision(Precision, ABC):
         first_steps_high_precision: int = 0,
         compute: str = "32-true",
     ) -> None:
-        check_choice("compute", compute, ("32-true", "bf16-true", "bf16-mixed"))
+        check_choice("compute", compute, COMPUTE)
         check_count("width_multiple", width_multiple, 1, "features")
         check_count("first_steps_high_precision", first_steps_high_precision, 0, "optimizer steps")
         _require_torchao(type(self).__name__)
@@ -70,7 +71,7 @@ class TorchaoPrecision(Precision, ABC):
         self.first_steps_high_precision = first_steps_high_precision
         self.compute = compute
         self.precision = cast(Any, compute)
-        self._host = _host_precision(compute, "cpu")
+        self._host = host_precision(compute)
         self._trainer: Trainer | None = None
         self._device = torch.device("cpu")
         self._sample: Sample | None = None
@@ -109,7 +110,7 @@ class TorchaoPrecision(Precision, ABC):
         self._device = trainer.strategy.root_device
         self._check_device(self._device)
         self._choice = choose_layers(type(self).__name__, module, self.include, self.exclude, self.width_multiple)
-        self._host = _host_precision(self.compute, self._device.type)
+        self._host = host_precision(self.compute, self._device.type)
         module = self._host.convert_module(module)
         # Without drawing from the random numbers of training.
         layer = nn.Sequential(nn.Linear(16, 16, device="meta")).to_empty(device="cpu")
@@ -258,10 +259,3 @@ def _patterns(name: str, value: Sequence[str]) -> list[str]:
     if not isinstance(found, Sequence) or any(not isinstance(pattern, str) for pattern in found):
         raise ValueError(f"{name}={value!r} is not a list of patterns. Give names as of files, such as '*.mlp.*'.")
     return list(found)
-
-
-def _host_precision(compute: str, device: str) -> Precision:
-    """Return the host's own plugin for what is not converted."""
-    if compute == "bf16-true":
-        return HalfPrecision("bf16-true")
-    return MixedPrecision("bf16-mixed", device) if compute == "bf16-mixed" else Precision()

@@ -13,7 +13,6 @@ Example:
 
 import hashlib
 import inspect
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -21,7 +20,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -33,11 +32,10 @@ from lightning_stable.functional.quantize import ESTIMATORS, reste_exponent
 from lightning_stable.functional.simulated import convert, quantized_layers, restore, unconvertible
 from lightning_stable.precision._bias_search import Biases, apply_biases, search_biases
 from lightning_stable.precision._first_batch import FirstBatch
+from lightning_stable.precision._host import COMPUTE, host_precision, share_of_training, trainer_of
 from lightning_stable.precision._recipe import PRESETS, PROJECTIONS, Recipe, build_recipe, describe
 
 __all__ = ["SimulatedPrecision"]
-
-COMPUTE = ("32-true", "bf16-mixed", "bf16-true")
 
 
 class SimulatedPrecision(Precision):
@@ -138,7 +136,7 @@ class SimulatedPrecision(Precision):
             _check_searched(type(self).__name__, self.recipe)
         self.precision = cast(Any, compute)
         # What the host itself would take for the rest of the module.
-        self._rest = _host_precision(compute)
+        self._rest = host_precision(compute)
         self._converted: nn.Module | None = None
         self._trainer: Trainer | None = None
         self._first_batch: FirstBatch | None = None
@@ -162,7 +160,7 @@ class SimulatedPrecision(Precision):
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
         module = self._rest.convert_module(module)
-        trainer = getattr(module, "_trainer", None)
+        trainer = trainer_of(module)
         if self._converted is module:
             return module
         self.teardown()
@@ -293,13 +291,13 @@ class SimulatedPrecision(Precision):
             apply_biases(pl_module, self._biases)
         if self.settings["estimator"] != "reste":
             return
-        steps = trainer.estimated_stepping_batches
-        if math.isinf(steps):
+        done = share_of_training(trainer)
+        if done is None:
             raise ValueError(
                 f"estimator='reste' of {type(self).__name__} follows the share of training that is done, and its end "
                 "is not known. Set max_steps, or max_epochs with a loader that has a length."
             )
-        exponent = reste_exponent(min(1.0, trainer.global_step / max(1, steps)))
+        exponent = reste_exponent(done)
         for state in quantized_layers(pl_module).values():
             state.reste_exponent = exponent
 
@@ -351,12 +349,6 @@ def _check_searched(owner: str, recipe: Recipe) -> None:
             raise ValueError(f"search_bias of {owner} is for float formats with scaling='none'. ({error})") from error
     if not operands:
         raise ValueError(f"search_bias of {owner} has nothing to search with weights=None and activations=None.")
-
-
-def _host_precision(compute: str) -> Precision:
-    if compute == "bf16-mixed":
-        return MixedPrecision("bf16-mixed", "cpu")
-    return HalfPrecision("bf16-true") if compute == "bf16-true" else Precision()
 
 
 def _refuse_sharded(precision: SimulatedPrecision, trainer: Trainer) -> None:
