@@ -47,6 +47,11 @@ _FORMAT = re.compile(
     r"e[1-8]m(\d|10)|int[2-8]|shift[2-8]|mxfp8(_e5m2)?|mxfp6(_e2m3)?|mxfp4|nvfp4|binary|ternary", re.ASCII
 )
 _SCALING = re.compile(r"none|tensor|channel|row|(group|shift):[1-9]\d*", re.ASCII)
+# Formats that bring the scales of their blocks, and take none besides.
+_BLOCKS = re.compile(r"mxfp.*|nvfp4")
+# What a preset of SimulatedPrecision converts, as lightning_stable.precision._recipe has it, which needs torch.
+_PROJECTIONS = tuple(f"*{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+_ALL_LAYERS = ["*"]
 # As wide as float32, or nearly: simulated without a scale, as in the paper that cuts bits off them (arXiv 2405.18710).
 _WIDE = re.compile(r"e[678]m\d+")
 
@@ -66,11 +71,14 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
-        return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', self.precision)}-lr{self.lr:g}-seed{self.seed}"
+        """The name of its folder, which no other run has.
+
+        A format may have an underscore where another has a slash, as in mxfp8_e5m2 and mxfp8/e5m2.
+        """
+        return f"{self.precision.replace('/', '--').replace(':', '_')}-lr{self.lr!r}-seed{self.seed}"
 
     def __str__(self) -> str:
-        return f"{self.precision} lr {self.lr:g} seed {self.seed}"
+        return f"{self.precision} lr {self.lr!r} seed {self.seed}"
 
 
 def parse_seeds(given: Sequence[int]) -> list[int]:
@@ -100,11 +108,7 @@ def make_grid(precisions: Sequence[str], rates: Sequence[float], seeds: Sequence
     rates, precisions = _unique("--lr", rates), _unique("--precision", precisions)
     for precision in precisions:
         _check_precision(precision)
-    runs = [Run(precision, rate, seed) for seed in seeds for precision in precisions for rate in rates]
-    names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        raise CommandError("Two of the precisions or rates have the same name of their folder. Leave one out.")
-    return runs
+    return [Run(precision, rate, seed) for seed in seeds for precision in precisions for rate in rates]
 
 
 def _check_precision(precision: str) -> None:
@@ -155,7 +159,8 @@ def precision_settings(precision: str, configs: Sequence[str]) -> dict[str, Any]
 
     ``FORMAT[/GRADIENTS][:SCALING]`` is simulated: the first format for weights and activations, and for gradients
     unless they have their own. Without a scaling, formats with six or more bits of exponent have none and the others
-    that of SimulatedPrecision. A SimulatedPrecision in the user's configs keeps its other settings, and its scaling.
+    that of SimulatedPrecision. A SimulatedPrecision in the user's configs keeps its other settings, and its scaling
+    where none is asked for and the format takes one. Of its preset stays which layers it converts.
 
     Args:
         precision: A precision of the host, or a format.
@@ -166,8 +171,13 @@ def precision_settings(precision: str, configs: Sequence[str]) -> dict[str, Any]
         return {"precision": precision, "plugins": kept or None}
     formats, _, scaling = precision.partition(":")
     both, _, gradients = formats.partition("/")
-    settings = {**simulated, "weights": both, "activations": both, "gradients": gradients or both}
-    settings.pop("preset", None)  # it would set formats, too
+    asked = {"weights": both, "activations": both, "gradients": gradients or both}
+    settings = {**simulated, **asked}
+    if settings.pop("preset", None) is not None and settings.get("include", _ALL_LAYERS) == _ALL_LAYERS:
+        settings["include"] = list(_PROJECTIONS)  # the preset itself would set formats, too
+    for operand, name in asked.items():
+        if scaling or _BLOCKS.fullmatch(name):
+            settings.pop(f"{operand.removesuffix('s')}_scaling", None)
     if scaling or ("scaling" not in simulated and _WIDE.fullmatch(both)):
         settings["scaling"] = scaling or "none"
     return {"precision": None, "plugins": [*kept, {"class_path": _SIMULATED, "init_args": settings}]}

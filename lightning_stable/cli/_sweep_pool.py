@@ -51,16 +51,23 @@ class Ended(NamedTuple):
 
 
 def run_one(job: Job, started: Callable[["subprocess.Popen[bytes]"], None] | None = None) -> tuple[int, float]:
-    """Run a job to its end; return its exit code and how many seconds it took."""
+    """Run a job to its end; return its exit code and how many seconds it took.
+
+    Where this call is interrupted, as Ray does with a task that it cancels, the subprocess ends too.
+    """
     begin = time.monotonic()
     environment = {**os.environ, **job.environment, PARENT_VARIABLE: str(os.getpid())}
     with (Path(job.folder) / LOG_NAME).open("wb") as log:
         process = subprocess.Popen(  # noqa: S603  the command's own program, without a shell
             job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
         )
-        if started is not None:
-            started(process)
-        code = process.wait()
+        try:
+            if started is not None:
+                started(process)
+            code = process.wait()
+        except BaseException:
+            _end({process})
+            raise
     return code, time.monotonic() - begin
 
 

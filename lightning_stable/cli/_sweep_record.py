@@ -93,8 +93,7 @@ class SweepRecord(Callback):
 
     def _last_value(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         """Return the value now: of a validation, or of training where no validation has it."""
-        loops: Any = trainer.fit_loop.epoch_loop.val_loop
-        if trainer.enable_validation and loops._combined_loader is not None:
+        if trainer.enable_validation and trainer.val_dataloaders is not None:
             logged = evaluate_validation(trainer, pl_module).get(self.metric)
             if logged is not None:
                 value = logged.value

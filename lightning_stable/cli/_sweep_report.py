@@ -41,7 +41,8 @@ def divergence(record: dict[str, Any], share: float = DIVERGED_AT) -> str:
 
     With the first training loss ``initial`` and the lowest value ``best``, it diverged if it ends above
     ``start + share * max(|initial - start|, 0.1 * |initial|)`` where ``start = min(initial, best)``: it lost more than
-    this share of what it had learnt. So did one whose last value, or whose first loss, is not finite.
+    this share of what it had learnt. So did one whose last value is not finite. For a first loss that is not finite
+    stands the first finite value of the curve.
 
     Args:
         record: What the run recorded; ``None`` stands for what is not finite.
@@ -94,7 +95,7 @@ def _words(cell: Cell, between: str) -> str:
 def markdown_table(cells: dict[tuple[str, float], Cell], metric: str) -> str:
     """Return the table: a row for each precision, a column for each rate."""
     precisions, rates = _axes(cells)
-    rows = [["precision", *(f"lr {rate:g}" for rate in rates)]]
+    rows = [["precision", *(f"lr {rate!r}" for rate in rates)]]
     rows += [[name, *(_words(cells[name, rate], "; ") for rate in rates)] for name in precisions]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -150,7 +151,7 @@ def draw_map(cells: dict[tuple[str, float], Cell], path: Path, title: str, metri
             dark = (shares[row][column] or 0) > 0.6
             text = _words(cells[name, rate], "\n")
             axis.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    axis.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+    axis.set_xticks(range(len(rates)), [repr(rate) for rate in rates])
     axis.set_yticks(range(len(precisions)), precisions)
     axis.tick_params(length=0, labelsize=9)
     axis.spines[:].set_visible(False)

@@ -118,10 +118,11 @@ def sweep(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         The exit code: 0 if all runs ended, those that diverged included, 1 if others failed.
 
     Raises:
-        CommandError: If an option is wrong, the folder holds another sweep, or a run's command line is wrong.
+        CommandError: If an option is wrong, the folder or that of a run holds another's results, or a run's command
+            line is wrong.
     """
     asked = _ask(options, list(overrides))
-    results = {run: found for run in asked.runs if (found := read_json(asked.place(run) / RESULT_NAME)) is not None}
+    results = {run: found for run in asked.runs if (found := _earlier_result(asked, run)) is not None}
     missing = [run for run in asked.runs if run not in results]
     if results:
         _say(f"{len(results)} of {len(asked.runs)} runs in {short_path(asked.folder)} have ended before.")
@@ -169,6 +170,25 @@ def _ask(options: argparse.Namespace, overrides: list[str]) -> _Sweep:
     return _Sweep(options, configs, overrides, runs, folder)
 
 
+def _earlier_result(asked: _Sweep, run: Run) -> dict[str, Any] | None:
+    """Return what a run recorded if it has ended before.
+
+    Raises:
+        CommandError: If its folder has the result of another run.
+    """
+    folder = asked.place(run)
+    found = read_json(folder / RESULT_NAME)
+    if found is None:
+        return None
+    other = [f"{name} {found.get(name)!r}" for name, value in run._asdict().items() if found.get(name) != value]
+    if other:
+        raise CommandError(
+            f"{folder} is the folder of the run {run}, and the {RESULT_NAME} in it is of another one, with "
+            f"{', '.join(other)}. Delete that folder, or give another --out."
+        )
+    return found
+
+
 def _prepare(asked: _Sweep, run: Run) -> Job:
     """Write a run's config, and return what starts it."""
     folder = asked.place(run)
@@ -191,7 +211,7 @@ def _take_result(asked: _Sweep, run: Run, ended: Ended) -> dict[str, Any] | None
     record = read_json(folder / RECORD_NAME) if ended.code == 0 else None
     if record is None:
         return None
-    record["seconds"] = round(ended.seconds, 1)
+    record = {**run._asdict(), **record, "seconds": round(ended.seconds, 1)}
     write_json(folder / RESULT_NAME, record)
     if not asked.options.keep_checkpoints:
         for checkpoint in folder.rglob("*.ckpt"):

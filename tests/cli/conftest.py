@@ -1,10 +1,13 @@
-"""Fixtures of the command's tests: a process without a group, whatever strategy ran in it."""
+"""Fixtures of the command's tests: a process without a group, whatever strategy ran in it, and folders for sweeps."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
+from sweep_fixtures import CONFIG, StandIn
+
+from lightning_stable.cli import _sweep_pool
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +20,19 @@ def _alone() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A current directory with a config for sweeps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+@pytest.fixture
+def stand_in(here, monkeypatch):
+    """Takes the place of the subprocesses of a sweep."""
+    found = StandIn()
+    monkeypatch.setattr(_sweep_pool, "run_one", found)
+    return found

@@ -209,6 +209,9 @@ def test_every_addon_trains_a_few_steps(name, base):
     needed = {
         "lae": ["--vars.lae_parameters", '["layer.weight"]'],  # the module has no LoRA
         "one_bit_adam": ["--optimizer", "Adam", "--optimizer.lr", "0.01"],
+        **{name: [f"--vars.{name}_width_multiple", "1"] for name in ("float8", "int8")},  # its widths are 4 and 3
+        "logit_sharpness": ["--vars.sharpness_logits", "layer"],  # its steps do not call the module
+        "precision_fallback": ["--config", "addon:simulated"],
     }
     assert main(["fit", "--config", base, "--config", f"addon:{name}", *needed.get(name, [])]) == 0
 
