@@ -6,7 +6,8 @@ all of them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 from lightning_stable.callbacks._host import gradient_scaler
 from lightning_stable.callbacks._quiet import is_quiet
 from lightning_stable.callbacks._worker_state import trains_apart
-from lightning_stable.functional.precision_fallback import saturated_share, saturation_limit
+from lightning_stable.functional._simulated_layers import Quantized
+from lightning_stable.functional.numerics_monitor import OPERANDS, can_saturate
+from lightning_stable.functional.precision_fallback import saturated_share
 from lightning_stable.functional.simulated import LayerQuantization
 
 __all__ = ["LOSS", "SATURATION", "Signals"]
@@ -40,8 +43,7 @@ class Signals:
         self._loss: Tensor | None = None
         self._shares: list[Tensor] = []
         self._module: LightningModule | None = None
-        self._layers: list[LayerQuantization] = []
-        self._limits: dict[tuple[str, str], float] = {}
+        self._watched: list[tuple[LayerQuantization, Callable[..., None]]] = []
         self._in_batch = False
 
     # ------------------------------------------------------------------ watching
@@ -54,24 +56,24 @@ class Signals:
         """
         if SATURATION not in self.names:
             return
-        for layer in layers.values():
-            operands = {"weights": layer.weights, "activations": layer.activations, "gradients": layer.gradients}
-            limits = {operand: saturation_limit(each) for operand, each in operands.items() if each is not None}
-            self._limits |= {(layer.name, operand): limit for operand, limit in limits.items() if limit < math.inf}
-        if not self._limits:
+        quantizers = [getattr(layer, operand) for layer in layers.values() for operand in OPERANDS]
+        if not any(each is not None and can_saturate(each) for each in quantizers):
             raise ValueError(
-                f"PrecisionFallback(monitor={self.names}): saturation would always be 0, since no operand of the "
-                f"{len(layers)} watched layers has a format without scales. Watch 'loss' or a logged value."
+                f"PrecisionFallback(monitor={self.names}): saturation would always be 0, since every operand that the "
+                f"{len(layers)} watched layers quantize has a scale that is fitted to its largest entry. Watch 'loss' "
+                "or a logged value."
             )
-        self._module, self._layers = pl_module, list(layers.values())
-        for layer in self._layers:
-            layer.observers.append(self._observe)
+        self._module = pl_module
+        for name, layer in layers.items():
+            observer = partial(self._observe, cast(Quantized, pl_module.get_submodule(name)))
+            layer.observers.append(observer)
+            self._watched.append((layer, observer))
 
     def unwatch(self) -> None:
         """Look no more, and forget the step that was not finished."""
-        for layer in self._layers:
-            layer.observers = [observer for observer in layer.observers if observer != self._observe]
-        self._layers, self._module, self._limits, self._in_batch = [], None, {}, False
+        for layer, own in self._watched:
+            layer.observers = [observer for observer in layer.observers if observer is not own]
+        self._watched, self._module, self._in_batch = [], None, False
         self.forget()
 
     def forget(self) -> None:
@@ -94,12 +96,14 @@ class Signals:
             value = value if scaler is None else value / scaler.get_scale()
             self._loss = value if self._loss is None else self._loss + value
 
-    def _observe(self, name: str, operand: str, exact: Tensor, quantized: Tensor) -> None:
-        limit = self._limits.get((name, operand))
+    def _observe(self, part: Quantized, _: str, operand: str, exact: Tensor, quantized: Tensor) -> None:
+        quantizer = getattr(part.quantization, operand)
         # Not in validations, nor in passes that other callbacks add.
-        if limit is None or not self._in_batch or self._module is None or is_quiet(self._module):
+        if quantizer is None or not self._in_batch or self._module is None or is_quiet(self._module):
             return
-        self._shares.append(saturated_share(exact, quantized, limit))
+        if can_saturate(quantizer):
+            before, after = (part.matrix(operand, x, quantizer) for x in (exact, quantized))
+            self._shares.append(saturated_share(before, after, quantizer))
 
     # ------------------------------------------------------------------ reading
 

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_stable.callbacks._quiet import is_quiet
+from lightning_stable.functional._simulated_layers import Quantized, QuantizedConvolution, QuantizedTransposed
 from lightning_stable.functional.numerics_monitor import add_statistics, empty_statistics, operand_statistics
 from lightning_stable.functional.quantize import Quantizer, quantize
 from lightning_stable.functional.simulated import LayerQuantization, quantized_layers
@@ -71,7 +72,7 @@ class NumericsTaps:
         self.forget()
         self._module = pl_module
         self._converted = {name: state for name, state in quantized_layers(pl_module).items() if self._wanted(name)}
-        layers = {name: part for name, part in pl_module.named_modules() if name and _multiplies(part)}
+        layers = {name: part for name, part in pl_module.named_modules() if name and _kind(part) is not None}
         if self._quantizers:
             self._plain = {n: part for n, part in layers.items() if self._wanted(n) and n not in self._converted}
         for name in layers:
@@ -132,7 +133,7 @@ class NumericsTaps:
         if quantizer is None or not self._watches(operand):
             return
         part = self._part(layer)
-        before, after = (_as_matrix(part, operand, x, quantizer) for x in (exact, quantized))
+        before, after = (part.matrix(operand, x, quantizer) for x in (exact, quantized))
         self._add(layer, operand, before, after, quantizer)
 
     def _after_forward(self, layer: str, part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -156,7 +157,7 @@ class NumericsTaps:
         if quantizer is None or (layer, operand) not in self._places or not isinstance(exact, Tensor):
             return
         if exact.is_floating_point():
-            matrix = _as_matrix(part, operand, exact.detach(), quantizer)
+            matrix = _as_converted(part).matrix(operand, exact.detach(), quantizer)
             self._add(layer, operand, matrix, quantize(matrix, quantizer), quantizer)
 
     def _add(self, layer: str, operand: str, exact: Tensor, quantized: Tensor, quantizer: Quantizer) -> None:
@@ -168,9 +169,9 @@ class NumericsTaps:
 
     # ------------------------------------------------------------------ which layers
 
-    def _part(self, name: str) -> nn.Module:
+    def _part(self, name: str) -> Quantized:
         assert self._module is not None  # noqa: S101  observers are on only while there is one
-        return self._module.get_submodule(name)
+        return cast(Quantized, self._module.get_submodule(name))
 
     def _wanted(self, name: str) -> bool:
         return _matches(name, self._include) and not _matches(name, self._exclude)
@@ -211,22 +212,23 @@ def _is_transposed(part: nn.Module) -> bool:
     return any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(part).__mro__)
 
 
-def _multiplies(part: nn.Module) -> bool:
-    return isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or _is_transposed(part)
+def _kind(part: nn.Module) -> type[Quantized] | None:
+    """Return what a converted layer of this kind is; ``None`` for modules that multiply by no weight."""
+    if isinstance(part, nn.Linear):
+        return Quantized
+    if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return QuantizedConvolution
+    return QuantizedTransposed if _is_transposed(part) else None
 
 
-def _as_matrix(part: nn.Module, operand: str, x: Tensor, quantizer: Quantizer) -> Tensor:
-    """Return an operand as the matrix over whose rows scales run, as converted layers have it."""
-    if operand == "weights" and _is_transposed(part):
-        return x.t()
-    kernel = getattr(part, "kernel_size", None)
-    if kernel is None:
-        return x
-    channel = x.ndim - len(kernel) - 1
-    samples = 1 if channel == 0 else x.shape[0]
-    if quantizer.layout == "shift":
-        return x.reshape(samples, x.shape[channel], -1, 1)
-    return x.reshape(samples, -1)
+def _as_converted(part: nn.Module) -> Quantized:
+    """Return a layer as if it were converted, to ask it for its operands as matrices; the layer stays what it is."""
+    kind = _kind(part)
+    assert kind is not None  # noqa: S101  others are not watched
+    view = kind.__new__(kind)
+    # The same attributes under another class. Not a copy, which layers with parametrizations refuse.
+    object.__setattr__(view, "__dict__", part.__dict__)
+    return view
 
 
 def _format_of(quantizer: Quantizer) -> str:

@@ -54,7 +54,8 @@ class LogitSharpness(Callback):
         ignore_index: Target of positions to leave out.
         limit_batches: Batches of each validation that are looked at; ``None`` for all.
         every_n_steps: Look at the training batches of every so many optimizer steps, too, and write the sharpness to
-            the Trainer's loggers as ``logit_sharpness_train``; ``None`` for never.
+            the Trainer's loggers as ``logit_sharpness_train``; of several optimizers the steps of one count. ``None``
+            for never.
 
     Attributes:
         latest: The sharpness of the last validation; ``None`` before the first.
@@ -186,8 +187,10 @@ class LogitSharpness(Callback):
         if trainer.global_step == self._last_step:
             return  # more micro-batches of this step are to come
         step, self._last_step = self._last_step, trainer.global_step
+        if self.every_n_steps is None or self._done(trainer, step) == self._done(trainer, trainer.global_step):
+            return  # other optimizers are to come
         trained, self._trained = self._trained, []
-        if self.every_n_steps is not None and self._due(trainer, step):
+        if self._due(trainer, step):
             total, positions = self._over_processes(trainer, pl_module, trained)
             report(trainer, {"logit_sharpness_train": total / positions}, step)
 
@@ -201,10 +204,15 @@ class LogitSharpness(Callback):
 
     # ------------------------------------------------------------------ helpers
 
-    def _due(self, trainer: Trainer, done: int) -> bool:
-        """Tell whether the update that follows so many is one to look at, or among those that its batch brings."""
-        coming, every = max(1, len(trainer.optimizers)), self.every_n_steps or 1
-        return (done + coming) // every > done // every
+    @staticmethod
+    def _done(trainer: Trainer, step: int) -> int:
+        """Return the steps of one optimizer that are done after so many steps of all."""
+        return step // max(1, len(trainer.optimizers))
+
+    def _due(self, trainer: Trainer, step: int) -> bool:
+        """Tell whether the step of each optimizer that comes after so many of all is one to look at."""
+        every = self.every_n_steps or 1
+        return self._done(trainer, step) % every == every - 1
 
     def _step(
         self,

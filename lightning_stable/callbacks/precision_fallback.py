@@ -4,7 +4,8 @@ Use it with :class:`~lightning_stable.precision.SimulatedPrecision`, where a for
 breaks now and then, or early on (``first_steps_high_precision``). It does not repair a learning rate that is too large
 in any precision: training then stays in high precision, which ``precision_fallback/high`` shows. Cost: a few scalar
 operations for each optimizer step and one small exchange between processes; what a step measured is read a step later,
-so that the host does not wait for the device. With ``monitor="saturation"`` one more pass over each quantized operand.
+so that the host does not wait for the device. With ``monitor="saturation"`` one more pass over each quantized operand,
+several for block formats.
 
 Example:
     >>> from lightning.pytorch import Trainer
@@ -51,11 +52,11 @@ class PrecisionFallback(Callback):
     measured is judged at the end of the step after it, what a validation measured at its end.
 
     Signals: ``"loss"`` is the sum over the backward passes since the last update, averaged over processes.
-    ``"saturation"`` is the largest share of saturated entries of any operand of a watched layer in the step; only
-    formats without scales saturate. Any other name is that of a value that the module or a callback logs with
-    ``self.log``, such as ``"logit_sharpness"``, taken when it changes; callbacks that log at the end of a batch go
-    before this one. Processes decide alike by means over processes; under strategies whose workers make steps of their
-    own, each by its own values until the next checkpoint.
+    ``"saturation"`` is the largest share of saturated entries of any operand of a watched layer in the step, as
+    NumericsMonitor counts them; none saturates where a scale is fitted to the largest entry. Any other name is that of
+    a value that the module or a callback logs with ``self.log``, such as ``"logit_sharpness"``, taken when it changes;
+    callbacks that log at the end of a batch go before this one. Processes decide alike by means over processes; under
+    strategies whose workers make steps of their own, each by its own values until the next checkpoint.
 
     In high precision the layers compute as if they had not been converted, in validations too. Steps of all optimizers
     count, in manual optimisation as well. Logs ``precision_fallback/high`` (0 or 1) and ``precision_fallback/count``,
@@ -67,7 +68,8 @@ class PrecisionFallback(Callback):
         threshold: Robust standard deviations above the median at which a fallback begins.
         lower_threshold: Those below which every signal has to be for the way back, at most ``threshold``.
         limits: Upper limits of signals, by name, in place of the learnt ones; above 0. The lower one is as much smaller
-            as ``lower_threshold`` is than ``threshold``. That of ``"saturation"`` is 0.01 unless it is given.
+            as ``lower_threshold`` is than ``threshold``. That of ``"saturation"`` is 0.01 unless it is given, which is
+            for formats without scales: block formats, ``binary`` and ``ternary`` need a higher one.
         window: Values that tell what is usual.
         warmup_steps: Values before a finite one is judged by them, at most ``window``.
         steps: Optimizer steps that a fallback lasts at least.
@@ -141,7 +143,7 @@ class PrecisionFallback(Callback):
         plugin = trainer.precision_plugin
         if hasattr(plugin, "first_steps_high_precision"):
             raise ValueError(
-                f"{type(self).__name__} switches layers that SimulatedPrecision converts, and {type(plugin).__name__} "
+                f"PrecisionFallback switches layers that SimulatedPrecision converts, and {type(plugin).__name__} "
                 "converts those of this module. Leave one of the two out; for a start in high precision the plugin has "
                 "first_steps_high_precision."
             )

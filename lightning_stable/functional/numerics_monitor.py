@@ -30,6 +30,7 @@ __all__ = [
     "OPERANDS",
     "SIZE",
     "add_statistics",
+    "can_saturate",
     "count_nonfinite",
     "empty_statistics",
     "exponent_histogram",
@@ -99,6 +100,15 @@ def operand_statistics(exact: Tensor, quantized: Tensor, quantizer: Quantizer) -
     )
 
 
+def can_saturate(quantizer: Quantizer) -> bool:
+    """Tell whether any entry can lie beyond the largest value of its grid.
+
+    None can where a scale is fitted to the largest entry. Without scales there is an end of the grid, the scales of
+    blocks are rounded, and the level of binary and ternary is a mean.
+    """
+    return quantizer.layout == "none" or quantizer.spec.block > 0 or quantizer.spec.kind in ("binary", "ternary")
+
+
 @torch.no_grad()
 def saturated(exact: Tensor, quantized: Tensor, quantizer: Quantizer) -> Tensor:
     """Tell which entries lie beyond the largest value of their grid, and were not kept as they are.
@@ -112,12 +122,12 @@ def saturated(exact: Tensor, quantized: Tensor, quantizer: Quantizer) -> Tensor:
         Boolean tensor of the shape of ``exact``.
     """
     spec = quantizer.spec
+    if not can_saturate(quantizer):
+        return torch.zeros_like(exact, dtype=torch.bool)
     if spec.kind in ("binary", "ternary"):
         return (exact.abs() > quantized.abs()) & (quantized != 0)
     if spec.block:
         return (exact.abs() > _block_limit(exact, quantizer)) & (exact != quantized)
-    if quantizer.layout != "none":
-        return torch.zeros_like(exact, dtype=torch.bool)
     bias = quantizer.exponent_bias
     limit = spec.largest * (1.0 if bias is None else 2.0 ** (exponent_bias(spec) - bias))
     return (exact.abs() > limit) & (exact != quantized)

@@ -29,8 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_stable.functional._formats import exponent_bias
-from lightning_stable.functional.quantize import Quantizer, parse_format
+from lightning_stable.functional.numerics_monitor import saturated
+from lightning_stable.functional.quantize import Quantizer
 from lightning_stable.functional.spike_guard import (
     SpikeBandState,
     init_spike_band,
@@ -45,7 +45,6 @@ __all__ = [
     "FallbackState",
     "init_fallback",
     "saturated_share",
-    "saturation_limit",
     "signal_limits",
     "update_fallback",
 ]
@@ -148,28 +147,19 @@ def update_fallback(
     return FallbackState(bands, raised, state.reason, remaining, cooldown)
 
 
-def saturation_limit(quantizer: Quantizer) -> float:
-    """Return the magnitude above which entries saturate, infinite where none can.
+def saturated_share(exact: Tensor, quantized: Tensor, quantizer: Quantizer) -> Tensor:
+    """Return the share of the finite entries that saturated, a float32 scalar in [0, 1] on the operands' device.
 
-    Scales are fitted to the largest entry, so that nothing saturates but in a format without them. What blocks of the
-    ``mx`` formats lose by a scale that is a power of two, less than half, is not counted.
-    """
-    found = parse_format(quantizer.format)
-    if found.kind not in ("float", "integer") or found.block or quantizer.scaling != "none":
-        return math.inf
-    if quantizer.exponent_bias is None:
-        return found.largest
-    # The same codes, all times one power of two.
-    return float(found.largest * 2.0 ** (exponent_bias(found) - quantizer.exponent_bias))
-
-
-def saturated_share(exact: Tensor, quantized: Tensor, limit: float) -> Tensor:
-    """Return the share of entries that saturated, a float32 scalar in [0, 1] on the device of the operands.
+    What saturates is defined in :func:`~lightning_stable.functional.numerics_monitor.saturated`. The share is 0 where
+    no entry is finite.
 
     Args:
-        exact: An operand, of any shape.
-        quantized: What it became, of that shape: entries that were kept as they are did not saturate.
-        limit: The magnitude above which entries saturate.
+        exact: An operand, of any shape. For scales of blocks the matrix whose rows they run over.
+        quantized: What it became, of that shape.
+        quantizer: How.
     """
-    lost = (exact.abs() > limit) & (exact != quantized)
-    return lost.sum(dtype=torch.float32) / max(1, exact.numel())
+    if exact.numel() == 0:
+        return torch.zeros((), device=exact.device)
+    finite = exact.isfinite()
+    lost = saturated(exact, quantized, quantizer) & finite
+    return lost.sum(dtype=torch.float32) / finite.sum(dtype=torch.float32).clamp(min=1)

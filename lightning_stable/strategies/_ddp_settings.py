@@ -16,6 +16,7 @@ _OF_THE_HOST = {
     "checkpoint_io",
     "precision_plugin",
     "process_group_backend",
+    "timeout",
     "start_method",
 }
 _OTHER_EXCHANGES = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period", "process_group")

@@ -27,6 +27,7 @@ from lightning_stable.callbacks.ema import EMA
 from lightning_stable.callbacks.lae import LAE
 from lightning_stable.callbacks.logit_sharpness import LogitSharpness
 from lightning_stable.callbacks.mesa import MESA
+from lightning_stable.callbacks.numerics_monitor import NumericsMonitor
 from lightning_stable.callbacks.sam import SAM
 
 NAME, TRAIN = "logit_sharpness", "logit_sharpness_train"
@@ -220,9 +221,37 @@ def test_training_batches_are_looked_at_every_few_steps() -> None:
 @pytest.mark.parametrize("module", [ManualNet, TwoOptimizerNet])
 def test_manual_optimisation(module: type[Net]) -> None:
     steps = 12 if module is TwoOptimizerNet else 6
-    run = fit([watching(every_n_steps=steps // 3)], module=module(), validation=Stream(2, seed=5), max_steps=steps)
+    run = fit([watching(every_n_steps=2)], module=module(), validation=Stream(2, seed=5), max_steps=steps)
     assert list(entries(run.logged, TRAIN)) == [1, 3, 5]
     assert entries(run.logged, NAME)
+
+
+class Alternating(TwoOptimizerNet):
+    """Steps one of its two optimizers in each batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()[batch_idx % 2]
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("module", "batches"), [(TwoOptimizerNet, 1), (Alternating, 2)])
+def test_steps_of_several_optimizers_are_counted_as_those_of_one(module: type[Net], batches: int) -> None:
+    judged: list[int] = []
+
+    class Counts(LogitSharpness):
+        def _judge(self, logits: Tensor, batch: Any) -> Tensor:
+            judged.append(len(logits))
+            return super()._judge(logits, batch)
+
+    sharpness = Counts(logits="head", targets=classes_of, every_n_steps=4)
+    monitor = NumericsMonitor(every_n_steps=4, format="e4m3", picture=None)
+    run = fit([sharpness, monitor], module=module(), max_steps=16, limit_val_batches=0)
+    assert list(entries(run.logged, TRAIN)) == [3, 7]
+    assert monitor.record()["steps"] == [4, 8], "the two go by one count"
+    # A batch of two steps is passed twice by the module, of which the last pass counts.
+    assert len(judged) == 2 * batches
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODULES if kind != "boring"])

@@ -13,10 +13,10 @@ from contract.modules import TwoOptimizerNet
 from contract.numerics_checks import Operands
 from contract.workers import Pair
 from gradients import entries
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from oracles.numerics_twin import Counts, quantized
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_stable.callbacks._numerics_taps import NumericsTaps
 from lightning_stable.callbacks.lae import LAE
@@ -71,78 +71,6 @@ def test_a_window_adds_up_its_steps_and_nothing_else() -> None:
             for value in own:
                 counts.add(value, quantized(value, "e4m3"))
             assert record["values"][report, place].tolist() == pytest.approx(counts.measures(), rel=1e-4)
-
-
-class Convolves(LightningModule):
-    """Layers of every kind, one of which is called with its input by name, and one of which is not called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(2)
-        self.first = nn.Conv1d(2, 4, 3, padding=1)
-        self.second = nn.Linear(12, 4)
-        self.idle = nn.Linear(4, 4)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
-        hidden = self.first(x.view(-1, 2, 3)).flatten(1)
-        out = self.second(input=hidden)
-        out.relu_()  # in place: gradients are those of what the layer put out
-        return nn.functional.mse_loss(out.mean(1, keepdim=True), y)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def expected_of(module: Convolves, batch: Any) -> dict[tuple[str, str], Tensor]:
-    """Return the operands of one step, by autograd."""
-    x, y = batch
-    images = x.view(-1, 2, 3)
-    first = module.first(images)
-    hidden = first.flatten(1)
-    second = module.second(hidden)
-    loss = nn.functional.mse_loss(second.relu().mean(1, keepdim=True), y)
-    gradients = torch.autograd.grad(loss, [first, second])
-    return {
-        ("first", "weights"): module.first.weight,
-        ("first", "activations"): images,
-        ("first", "gradients"): gradients[0],
-        ("second", "weights"): module.second.weight,
-        ("second", "activations"): hidden,
-        ("second", "gradients"): gradients[1],
-    }
-
-
-def test_layers_of_every_kind_are_watched() -> None:
-    wanted = expected_of(Convolves(), Stream().batch(0))
-    monitor = NumericsMonitor(every_n_steps=1, format="e4m3", directory="numbers", log_layers=True)
-    run = fit([monitor], module=Convolves(), max_steps=1, limit_val_batches=0)
-    (line,) = lines()
-    assert line["step"] == 1
-    assert sorted(line["layers"]) == ["first", "second"], "what was not called has nothing to say"
-    for (layer, operand), exact in wanted.items():
-        counts = Counts(448.0)
-        counts.add(exact, quantized(exact.detach(), "e4m3"))
-        entry = line["layers"][layer][operand]
-        numbers = [entry[name] for name in ("underflow", "saturation", "sqnr", "absmax")]
-        assert numbers == pytest.approx(counts.measures(), rel=1e-4), (layer, operand)
-        lowest, exponents = counts.histogram()
-        assert entry["exponents"] == {"lowest": lowest, "counts": exponents}
-        assert (entry["format"], entry["nonfinite"]) == ("e4m3", 0)
-        logged = entries(run.logged, f"numerics/{operand}/absmax/{layer}")
-        assert logged == {0: pytest.approx(entry["absmax"])}
-
-
-def test_scales_of_a_convolution_run_over_samples_and_output_channels() -> None:
-    wanted = expected_of(Convolves(), Stream().batch(0))
-    monitor = NumericsMonitor(every_n_steps=1, format="int4", scaling="row", include=["first"])
-    fit([monitor], module=Convolves(), max_steps=1, limit_val_batches=0)
-    for place, operand in enumerate(OPERANDS):
-        counts = Counts(math.inf)
-        for row in wanted["first", operand].detach().flatten(1):
-            scale = row.abs().max() / 7
-            counts.add(row, (row / scale).round().clamp(-7, 7) * scale)
-        assert monitor.record()["values"][0, place].tolist() == pytest.approx(counts.measures(), rel=1e-4)
 
 
 def test_formats_may_differ_and_layers_be_chosen() -> None:

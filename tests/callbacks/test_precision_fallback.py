@@ -347,13 +347,6 @@ def test_patterns_that_leave_nothing_are_refused_with_the_names_there_are() -> N
         run({"include": ["tail*"]}, Watched())
 
 
-def test_saturation_where_nothing_saturates_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"PrecisionFallback\(monitor=\['saturation'\]\): saturation would always be 0"
-    ):
-        run({"monitor": "saturation"}, Watched())
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -7,12 +7,12 @@ import pytest
 import torch
 from oracles.fallback_twin import FallbackTwin
 
+from lightning_stable.functional.numerics_monitor import MEASURES, can_saturate, measure, operand_statistics
 from lightning_stable.functional.precision_fallback import (
     START,
     FallbackRule,
     init_fallback,
     saturated_share,
-    saturation_limit,
     signal_limits,
     update_fallback,
 )
@@ -144,41 +144,65 @@ def test_the_state_that_is_given_stays():
 # ------------------------------------------------------------------ saturation
 
 
+def operand() -> torch.Tensor:
+    """Return entries of which some lie beyond 448, and not all of a block are alike."""
+    return 300 * torch.randn(6, 64, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize(
+    ("settings", "can"),
+    [
+        ({"format": "e4m3"}, True),
+        ({"format": "e4m3", "exponent_bias": 6.5}, True),
+        ({"format": "e4m3", "keep_outliers": 1}, True),
+        ({"format": "int4"}, True),
+        ({"format": "shift3"}, True),
+        ({"format": "binary"}, True),
+        ({"format": "binary", "scaling": "row"}, True),
+        ({"format": "ternary", "scaling": "tensor"}, True),
+        ({"format": "mxfp4"}, True),
+        ({"format": "mxfp8", "keep_outliers": 2}, True),
+        ({"format": "nvfp4"}, True),
+        ({"format": "e4m3", "scaling": "tensor"}, False),
+        ({"format": "int8", "scaling": "row"}, False),
+        ({"format": "int4", "scaling": "group:16", "asymmetric": True}, False),
+        ({"format": "shift3", "scaling": "channel"}, False),
+        ({"format": "e2m1", "scaling": "shift:4"}, False),
+    ],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_it_saturates_as_the_monitor_says(settings, can):
+    quantizer, exact = Quantizer(**settings), operand()
+    if quantizer.layout == "none" and quantizer.spec.kind != "binary":
+        exact[0, 0], exact[1, 1] = math.nan, math.inf  # which would make scales no numbers
+    quantized = quantize(exact, quantizer)
+    share = saturated_share(exact, quantized, quantizer)
+    reported = measure(operand_statistics(exact, quantized, quantizer))[MEASURES.index("saturation")]
+    assert float(share) == pytest.approx(float(reported))
+    assert can_saturate(quantizer) == can == (float(share) > 0)
+
+
 @pytest.mark.parametrize(
     ("settings", "limit"),
     [
         ({"format": "e4m3"}, 448.0),
-        ({"format": "e5m2"}, 57344.0),
-        ({"format": "e2m1"}, 6.0),
-        ({"format": "e8m7"}, float(torch.finfo(torch.bfloat16).max)),
-        ({"format": "int4"}, 7.0),
         ({"format": "e2m1", "exponent_bias": 2.0}, 3.0),
         ({"format": "e4m3", "exponent_bias": 6.5}, 448.0 * 2**0.5),
-        ({"format": "e4m3", "scaling": "tensor"}, math.inf),
-        ({"format": "int8", "scaling": "row"}, math.inf),
-        ({"format": "mxfp4"}, math.inf),
-        ({"format": "nvfp4"}, math.inf),
-        ({"format": "ternary"}, math.inf),
-        ({"format": "binary"}, math.inf),
+        ({"format": "int4"}, 7.0),
+        ({"format": "shift3"}, 8.0),
     ],
-    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
-def test_only_formats_without_scales_saturate(settings, limit):
-    assert saturation_limit(Quantizer(**settings)) == pytest.approx(limit)
-
-
-@pytest.mark.parametrize("settings", [{"format": "e4m3"}, {"format": "e2m1", "exponent_bias": 2.0}, {"format": "int4"}])
-def test_the_share_is_that_of_entries_beyond_the_largest_value(settings):
+def test_the_share_is_that_of_finite_entries_beyond_the_largest_value(settings, limit):
     quantizer = Quantizer(**settings)
-    limit = saturation_limit(quantizer)
-    exact = torch.tensor([0.0, 0.5 * limit, limit, -limit, 1.001 * limit, -2 * limit, math.inf, math.nan])
-    share = saturated_share(exact, quantize(exact, quantizer), limit)
-    assert float(share) == 3 / 8
+    exact = limit * torch.tensor([0.0, 0.5, 0.999, -0.999, 1.001, -2.0, math.inf, math.nan])
+    share = saturated_share(exact, quantize(exact, quantizer), quantizer)
+    assert float(share) == pytest.approx(2 / 6)
     assert share.dtype == torch.float32
-    assert float(saturated_share(exact[:0], exact[:0], limit)) == 0
+    for nothing in (exact[:0], exact[-1:]):
+        assert float(saturated_share(nothing, nothing, quantizer)) == 0
 
 
 def test_entries_that_are_kept_did_not_saturate():
     exact = torch.tensor([[1.0, 900.0, 500.0, 2.0]])
     quantizer = Quantizer("e4m3", keep_outliers=1)
-    assert float(saturated_share(exact, quantize(exact, quantizer), 448.0)) == 1 / 4
+    assert float(saturated_share(exact, quantize(exact, quantizer), quantizer)) == 1 / 4
