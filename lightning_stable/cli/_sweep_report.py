@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_stable.cli._sweep_grid import Run
+from lightning_stable.cli._sweep_options import DIVERGED_AT
 
-__all__ = ["DIVERGED_AT", "Cell", "all_results", "divergence", "draw_map", "make_cells", "markdown_table"]
-
-DIVERGED_AT = 0.25
+__all__ = ["Cell", "all_results", "divergence", "draw_map", "make_cells", "markdown_table"]
 
 # Of the initial loss: what a run is taken to have learnt at least, so that noise around the start is no divergence.
 _LEAST = 0.1

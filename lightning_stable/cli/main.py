@@ -175,7 +175,7 @@ def _parser() -> _Parser:
         nargs="*",
         help="options of fit, e.g. --vars.lr 0.01, --trainer.max_steps 20, --config mine.yaml, --config addon:ema",
     )
-    from lightning_stable.cli.sweep import add_sweep_options
+    from lightning_stable.cli._sweep_options import add_sweep_options
 
     add_sweep_options(
         commands.add_parser(

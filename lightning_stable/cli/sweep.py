@@ -29,7 +29,6 @@ from lightning_stable.cli._sweep_grid import (
 )
 from lightning_stable.cli._sweep_pool import Ended, Job, run_here, run_on_ray
 from lightning_stable.cli._sweep_report import (
-    DIVERGED_AT,
     all_results,
     divergence,
     draw_map,
@@ -38,51 +37,13 @@ from lightning_stable.cli._sweep_report import (
 )
 from lightning_stable.cli.locate import CommandError, resolve_config, short_path
 
-__all__ = ["add_sweep_options", "sweep"]
+__all__ = ["sweep"]
 
 # Exit code of a run whose command line or config is wrong: the others would end so, too.
 _WRONG_USE = 2
 
 # How the command begins what went wrong, and how much of it is repeated.
 _ERROR, _LONGEST = "lightning-stable: error: ", 300
-
-_EPILOG = """\
-Everything else goes on to each run, as in 'lightning-stable fit': --trainer.max_steps 500, --vars.batch_size 32.
-
-precisions:
-  32-true, bf16-mixed ...  the host's own
-  e8m5                     SimulatedPrecision with weights, activations and gradients in that format
-  e4m3/e5m2                weights and activations in the first, gradients in the second
-  int4:group:128           with a scaling: tensor, channel, row, group:N
-
-Started again with the same --out it goes on: runs that have ended are not run again. More seeds, rates and precisions
-may be added. The guide: lightning-stable show sweep
-"""
-
-
-def add_sweep_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command to its parser."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
-    add = parser.add_argument
-    add("-c", "--config", action="append", required=True, help="a recipe's name, a YAML file or addon:NAME; repeatable")
-    add("--lr", nargs="+", type=float, required=True, metavar="LR", help="the learning rates")
-    add("--precision", nargs="+", default=["32-true"], metavar="P", help="the precisions (default: 32-true)")
-    add("--seeds", nargs="+", type=int, default=[5], metavar="N", help="how many seeds, or the seeds (default: 5)")
-    add("--jobs", type=int, default=1, metavar="N", help="runs side by side (default: 1)")
-    add("--out", default="runs/sweep", metavar="DIR", help="where everything is written (default: runs/sweep)")
-    add("--lr-key", default="vars.lr", metavar="KEY", help="the option that sets the rate (default: vars.lr)")
-    add("--metric", default="val_loss", metavar="NAME", help="the logged loss to judge by (default: val_loss)")
-    add(
-        "--diverged-at",
-        type=float,
-        default=DIVERGED_AT,
-        metavar="SHARE",
-        help="a run that lost more than this share of what it had learnt has diverged (default: 0.25)",
-    )
-    add("--keep-checkpoints", action="store_true", help="keep the checkpoints of runs that ended")
-    add("--ray", action="store_true", help="run by Ray, on the machines of its cluster")
-    add("--gpus-per-run", type=float, default=0.0, metavar="N", help="with --ray: GPUs of a run (default: 0)")
 
 
 class _Sweep(NamedTuple):
@@ -111,7 +72,7 @@ def sweep(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run what is missing of a sweep, and report on all of it.
 
     Args:
-        options: As :func:`add_sweep_options` has them.
+        options: As :func:`lightning_stable.cli._sweep_options.add_sweep_options` has them.
         overrides: Options that every run gets besides.
 
     Returns:
