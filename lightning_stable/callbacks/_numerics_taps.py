@@ -1,7 +1,6 @@
 """Where NumericsMonitor reads operands: at converted layers through their observers, at all others by hooks."""
 
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, cast
 
@@ -10,10 +9,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_stable.callbacks._quiet import is_quiet
-from lightning_stable.functional._simulated_layers import Quantized, QuantizedConvolution, QuantizedTransposed
+from lightning_stable.functional._simulated_layers import Quantized
 from lightning_stable.functional.numerics_monitor import add_statistics, empty_statistics, operand_statistics
 from lightning_stable.functional.quantize import Quantizer, quantize
-from lightning_stable.functional.simulated import LayerQuantization, quantized_layers
+from lightning_stable.functional.simulated import LayerQuantization, matches, quantized_kind, quantized_layers
 
 __all__ = ["NumericsTaps"]
 
@@ -72,7 +71,9 @@ class NumericsTaps:
         self.forget()
         self._module = pl_module
         self._converted = {name: state for name, state in quantized_layers(pl_module).items() if self._wanted(name)}
-        layers = {name: part for name, part in pl_module.named_modules() if name and _kind(part) is not None}
+        layers = {
+            name: part for name, part in pl_module.named_modules() if name and quantized_kind(type(part)) is not None
+        }
         if self._quantizers:
             self._plain = {n: part for n, part in layers.items() if self._wanted(n) and n not in self._converted}
         for name in layers:
@@ -174,7 +175,7 @@ class NumericsTaps:
         return cast(Quantized, self._module.get_submodule(name))
 
     def _wanted(self, name: str) -> bool:
-        return _matches(name, self._include) and not _matches(name, self._exclude)
+        return matches(name, self._include) and not matches(name, self._exclude)
 
     def _quantizer(self, name: str, operand: str) -> Quantizer | None:
         """Return how an operand of a layer is, or would be, quantized; ``None`` if it is not watched."""
@@ -203,27 +204,9 @@ def _drop(state: LayerQuantization, observer: Callable[..., None]) -> None:
     state.observers = [other for other in state.observers if other is not observer]
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _is_transposed(part: nn.Module) -> bool:
-    # By its name, so that transformers is not imported.
-    return any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(part).__mro__)
-
-
-def _kind(part: nn.Module) -> type[Quantized] | None:
-    """Return what a converted layer of this kind is; ``None`` for modules that multiply by no weight."""
-    if isinstance(part, nn.Linear):
-        return Quantized
-    if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return QuantizedConvolution
-    return QuantizedTransposed if _is_transposed(part) else None
-
-
 def _as_converted(part: nn.Module) -> Quantized:
     """Return a layer as if it were converted, to ask it for its operands as matrices; the layer stays what it is."""
-    kind = _kind(part)
+    kind = quantized_kind(type(part))
     assert kind is not None  # noqa: S101  others are not watched
     view = kind.__new__(kind)
     # The same attributes under another class. Not a copy, which layers with parametrizations refuse.

@@ -16,7 +16,6 @@ Example:
 
 import weakref
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -34,7 +33,7 @@ from lightning_stable.functional.precision_fallback import (
     signal_limits,
     update_fallback,
 )
-from lightning_stable.functional.simulated import LayerQuantization, quantized_layers
+from lightning_stable.functional.simulated import LayerQuantization, matches, quantized_layers
 from lightning_stable.functional.spike_guard import SpikeBandState
 
 __all__ = ["PrecisionFallback"]
@@ -271,8 +270,7 @@ class PrecisionFallback(Callback):
         chosen = {
             name: layer
             for name, layer in found.items()
-            if any(fnmatchcase(name, pattern) for pattern in self.include)
-            if not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+            if matches(name, self.include) and not matches(name, self.exclude)
         }
         if not chosen:
             raise ValueError(

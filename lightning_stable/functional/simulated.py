@@ -56,6 +56,8 @@ __all__ = [
     "QuantizedConv3d",
     "QuantizedLinear",
     "convert",
+    "matches",
+    "quantized_kind",
     "quantized_layers",
     "restore",
     "unconvertible",
@@ -148,17 +150,18 @@ def _filtered(root: nn.Module, include: tuple[str, ...], exclude: tuple[str, ...
     for name, part in root.named_modules(remove_duplicate=False):
         if isinstance(part, nn.MultiheadAttention):
             inside |= set(part.modules()) - {part}
-        if isinstance(part, (nn.MultiheadAttention, *_UNKNOWN)) or _mixin(type(part)) is not None:
+        if isinstance(part, (nn.MultiheadAttention, *_UNKNOWN)) or quantized_kind(type(part)) is not None:
             names.setdefault(part, []).append(name)
     return {
         own[0]: part
         for part, own in names.items()
-        if part not in inside and any(_matches(name, include) for name in own)
-        if not any(_matches(name, exclude) for name in own)
+        if part not in inside and any(matches(name, include) for name in own)
+        if not any(matches(name, exclude) for name in own)
     }
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether a dotted name matches one of some patterns, as of :mod:`fnmatch`; case counts."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -185,8 +188,8 @@ def _is_transposed(kind: type) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
-def _mixin(kind: type[nn.Module]) -> type[Quantized] | None:
-    """Return what comes before a class of layers in its quantized class; ``None`` for other modules."""
+def quantized_kind(kind: type[nn.Module]) -> type[Quantized] | None:
+    """Return what comes before a class of layers in its quantized class; ``None`` for modules that have none."""
     if issubclass(kind, nn.Linear):
         return Quantized
     if issubclass(kind, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -199,7 +202,7 @@ def _quantized_class(kind: type[nn.Module]) -> type[Quantized]:
         return kind
     if kind not in _classes:
         own = {"plain": kind, "__module__": kind.__module__, "__doc__": f"A converted {kind.__name__}."}
-        _classes[kind] = cast(Any, type)(f"Quantized{kind.__name__}", (_mixin(kind), kind), own)
+        _classes[kind] = cast(Any, type)(f"Quantized{kind.__name__}", (quantized_kind(kind), kind), own)
     return _classes[kind]
 
 

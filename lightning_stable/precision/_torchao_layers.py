@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear, pad
 
+from lightning_stable.functional.simulated import matches
+
 __all__ = ["Choice", "LayerSwitch", "Sample", "choose_layers", "probe", "sample_of"]
 
 # How many names a message lists.
@@ -174,7 +176,7 @@ def choose_layers(
     attention = {id(m.out_proj) for m in root.modules() if isinstance(m, nn.MultiheadAttention)}
     layers, left_out = {}, {}
     for name, module in found.items():
-        if not any(fnmatchcase(name, pattern) for pattern in include):
+        if not matches(name, include):
             continue
         reason = _reason(name, module, exclude, width_multiple, in_attention=id(module) in attention)
         if reason:
