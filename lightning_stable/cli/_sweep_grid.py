@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from lightning_stable.cli.locate import CommandError, find_template, list_templates, resolve_config
+from lightning_stable.precision._presets import PROJECTIONS
 
 __all__ = [
     "HOST_PRECISIONS",
@@ -49,8 +50,6 @@ _FORMAT = re.compile(
 _SCALING = re.compile(r"none|tensor|channel|row|(group|shift):[1-9]\d*", re.ASCII)
 # Formats that bring the scales of their blocks, and take none besides.
 _BLOCKS = re.compile(r"mxfp.*|nvfp4")
-# What a preset of SimulatedPrecision converts, as lightning_stable.precision._recipe has it, which needs torch.
-_PROJECTIONS = tuple(f"*{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 _ALL_LAYERS = ["*"]
 # As wide as float32, or nearly: simulated without a scale, as in the paper that cuts bits off them (arXiv 2405.18710).
 _WIDE = re.compile(r"e[678]m\d+")
@@ -174,7 +173,7 @@ def precision_settings(precision: str, configs: Sequence[str]) -> dict[str, Any]
     asked = {"weights": both, "activations": both, "gradients": gradients or both}
     settings = {**simulated, **asked}
     if settings.pop("preset", None) is not None and settings.get("include", _ALL_LAYERS) == _ALL_LAYERS:
-        settings["include"] = list(_PROJECTIONS)  # the preset itself would set formats, too
+        settings["include"] = list(PROJECTIONS)  # the preset itself would set formats, too
     for operand, name in asked.items():
         if scaling or _BLOCKS.fullmatch(name):
             settings.pop(f"{operand.removesuffix('s')}_scaling", None)

@@ -1,11 +1,12 @@
 """What precision plugins ask of the host: its own plugins for what they leave as it is, and how far training is."""
 
-import math
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from torch import nn
+
+from lightning_stable.functional._horizon import steps_of_each
 
 __all__ = ["COMPUTE", "host_precision", "share_of_training", "trainer_of"]
 
@@ -36,12 +37,7 @@ def trainer_of(module: nn.Module) -> Trainer | None:
 
 def share_of_training(trainer: Trainer) -> float | None:
     """Return which share of a fit is done, ``None`` where its end is not known."""
-    total = trainer.estimated_stepping_batches
-    # Of a loader without a length the host knows max_steps, which is -1 where there is none.
-    if not (math.isfinite(total) and total >= 1):
-        return None
-    # The host adds up the steps of all optimizers, in max_steps too.
     optimizers = max(1, len(trainer.optimizers))
-    if trainer.max_steps >= 1:
-        total = min(total, trainer.max_steps / optimizers)
-    return min(1.0, trainer.global_step / optimizers / total)
+    total = steps_of_each(trainer.estimated_stepping_batches, trainer.max_steps, optimizers)
+    # The host adds up the steps of all optimizers.
+    return None if total is None else min(1.0, trainer.global_step / optimizers / total)

@@ -1,25 +1,11 @@
 """From the plain settings of a simulated precision to one quantizer for each operand."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lightning_stable.functional.quantize import Quantizer, parse_format
 
-__all__ = ["PRESETS", "PROJECTIONS", "Recipe", "build_recipe", "describe"]
-
-# The projections of a transformer's blocks, by the names that they have in Llama-like models.
-PROJECTIONS = tuple(f"*{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
-
-_STABLE_SPAM_INT4 = {
-    "weights": "int4",
-    "activations": "int4",
-    "gradients": None,
-    "scaling": "group:256",
-    "asymmetric_weights": True,
-    "keep_outliers": 2,
-}
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"stable_spam_int4": MappingProxyType(_STABLE_SPAM_INT4)})
+__all__ = ["Recipe", "build_recipe", "describe"]
 
 
 class Recipe(NamedTuple):

@@ -33,7 +33,8 @@ from lightning_stable.functional.simulated import convert, quantized_layers, res
 from lightning_stable.precision._bias_search import Biases, apply_biases, search_biases
 from lightning_stable.precision._first_batch import FirstBatch
 from lightning_stable.precision._host import COMPUTE, host_precision, share_of_training, trainer_of
-from lightning_stable.precision._recipe import PRESETS, PROJECTIONS, Recipe, build_recipe, describe
+from lightning_stable.precision._presets import PRESETS, PROJECTIONS
+from lightning_stable.precision._recipe import Recipe, build_recipe, describe
 
 __all__ = ["SimulatedPrecision"]
 

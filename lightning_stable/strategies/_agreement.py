@@ -1,12 +1,15 @@
-"""Workers begin with one model: the same parameters, and the same values in them."""
+"""Workers begin with one model: the same parameters, and the same values in them. And rank 0's values, at any time."""
+
+from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_stable.strategies._workers import Workers
 
-__all__ = ["agree_on_model"]
+__all__ = ["agree_on_model", "take_from_rank_zero"]
 
 
 def agree_on_model(module: nn.Module, workers: Workers) -> None:
@@ -25,6 +28,17 @@ def agree_on_model(module: nn.Module, workers: Workers) -> None:
                     f"on rank {rank}. Build the same module on every rank."
                 )
     _take_values_of_rank_zero(module, workers)
+
+
+@torch.no_grad()
+def take_from_rank_zero(tensors: Sequence[Tensor]) -> None:
+    """Give tensors rank 0's values, in the default group: one broadcast for each dtype."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        members = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([member.flatten() for member in members])
+        dist.broadcast(flat, 0)
+        parts = torch.split(flat, [member.numel() for member in members])
+        torch._foreach_copy_(members, [part.view(m.shape) for part, m in zip(parts, members, strict=True)])
 
 
 def _describe(parameter: nn.Parameter) -> str:
@@ -52,5 +66,5 @@ def _take_values_of_rank_zero(module: nn.Module, workers: Workers) -> None:
         )
 
 
-def _values(module: nn.Module) -> dict[str, torch.Tensor]:
+def _values(module: nn.Module) -> dict[str, Tensor]:
     return {n: t.detach() for n, t in [*module.named_parameters(), *module.named_buffers()] if t.numel()}

@@ -1,6 +1,6 @@
 """What has to be equal on all ranks besides the weights, so that rank 0's checkpoint speaks for all of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ __all__ = [
     "float_buffers",
     "optimizer_tensors",
     "refuse_foreign_weights",
+    "share_states",
+    "takes_state_of_rank_zero",
 ]
 
 # A floating tensor of an optimizer's state: optimizer, parameter among all of that optimizer, name in its state.
@@ -36,7 +38,8 @@ def bring_together(
     workers.mean(alike_tensors(module, callbacks, workers))
     _share_buffers(module, workers)
     average_optimizers(optimizers, workers)
-    _share_states([*callbacks, precision], workers)
+    asking = [callback for callback in callbacks if takes_state_of_rank_zero(callback)]
+    share_states([*asking, precision], workers.from_rank_zero, workers.rank)
 
 
 def float_buffers(module: nn.Module) -> list[Tensor]:
@@ -62,13 +65,23 @@ def alike_tensors(module: nn.Module, callbacks: Iterable[Callback], workers: Wor
     return float_buffers(module) + [tensor for tensors in kept for tensor in tensors]
 
 
-def _share_states(plugins: Iterable[Any], workers: Workers) -> None:
-    """Give every rank the state of rank 0's precision plugin, and of the callbacks that ask for it."""
+def takes_state_of_rank_zero(callback: Callback) -> bool:
+    """Tell whether a callback goes on from rank 0's state where that is the one that is saved."""
+    return bool(getattr(callback, "takes_state_of_rank_zero", False))
+
+
+def share_states(plugins: Iterable[Any], from_rank_zero: Callable[[Callable[[], Any]], Any], rank: int) -> None:
+    """Give every rank the states of rank 0's plugins.
+
+    Args:
+        plugins: What has a state.
+        from_rank_zero: Returns what a function returns on rank 0, which alone calls it.
+        rank: This process.
+    """
     for plugin in plugins:
-        if isinstance(plugin, Precision) or getattr(plugin, "takes_state_of_rank_zero", False):
-            state = workers.from_rank_zero(plugin.state_dict)
-            if workers.rank != 0 and state:
-                plugin.load_state_dict(state)
+        state = from_rank_zero(plugin.state_dict)
+        if rank != 0 and state:
+            plugin.load_state_dict(state)
 
 
 def _share_buffers(module: nn.Module, workers: Workers) -> None:

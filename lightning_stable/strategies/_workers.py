@@ -243,11 +243,13 @@ class Workers:
 def _parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Divide tensors, in their order, so that a flat copy of each part stays small beside the model."""
     part: list[Tensor] = []
+    numbers = 0
     for tensor in tensors:
-        if part and sum(other.numel() for other in part) + tensor.numel() > _NUMBERS_AT_ONCE:
+        if part and numbers + tensor.numel() > _NUMBERS_AT_ONCE:
             yield part
-            part = []
+            part, numbers = [], 0
         part.append(tensor)
+        numbers += tensor.numel()
     if part:
         yield part
 

@@ -22,7 +22,6 @@ from datetime import timedelta
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -32,7 +31,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_stable.functional._horizon import steps_of_each
+from lightning_stable.strategies._agreement import take_from_rank_zero
 from lightning_stable.strategies._bits import FrozenAdam, steps_made
+from lightning_stable.strategies._consolidation import share_states, takes_state_of_rank_zero
 from lightning_stable.strategies._ddp_settings import check_ddp_settings
 from lightning_stable.strategies._host import callbacks_of
 from lightning_stable.strategies._one_bit_checks import check_adam, check_freeze_step, check_precision
@@ -270,37 +272,24 @@ class OneBitAdamStrategy(DDPStrategy):
     def _steps_in_all(self) -> float | None:
         """Return how many steps each optimizer makes, ``None`` where the host does not know."""
         trainer = self._of_trainer()
-        total = trainer.estimated_stepping_batches
-        # Of a loader without a length the host knows max_steps, which is -1 where there is none.
-        if not (math.isfinite(total) and total >= 1):
-            return None
-        # The host counts the steps of all optimizers towards max_steps.
-        return min(total, trainer.max_steps / len(self.optimizers)) if trainer.max_steps >= 1 else total
+        return steps_of_each(trainer.estimated_stepping_batches, trainer.max_steps, len(self.optimizers))
 
     # ------------------------------------------------------------------ what DDP did
 
     def _broadcasts_buffers(self) -> bool:
         return bool(self._ddp_kwargs.get("broadcast_buffers", True)) and any(True for _ in self._module().buffers())
 
-    @torch.no_grad()
     def _broadcast_buffers(self) -> None:
         """Take rank 0's buffers, once for each optimizer step, as DDP does."""
         self._buffers_due = False
-        buffers = list(self._module().buffers())
-        for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
-            members = [buffer for buffer in buffers if buffer.dtype == dtype]
-            flat = torch.cat([buffer.flatten() for buffer in members])
-            dist.broadcast(flat, 0)
-            for buffer, part in zip(members, torch.split(flat, [b.numel() for b in members]), strict=True):
-                buffer.copy_(part.view(buffer.shape))
+        take_from_rank_zero(list(self._module().buffers()))
 
     def _share_callback_states(self) -> None:
         """Go on with rank 0's state of callbacks that saw local gradients: it is the one that is saved."""
-        for callback in callbacks_of(self._of_trainer()):
-            if getattr(callback, "takes_state_of_rank_zero", False):
-                state = self.broadcast(callback.state_dict() if self.is_global_zero else None)
-                if not self.is_global_zero and state:
-                    callback.load_state_dict(state)
+        asking = [callback for callback in callbacks_of(self._of_trainer()) if takes_state_of_rank_zero(callback)]
+        share_states(
+            asking, lambda make: self.broadcast(make() if self.is_global_zero else None), rank=self.global_rank
+        )
 
     def _module(self) -> LightningModule:
         return cast(LightningModule, self.lightning_module)

@@ -38,7 +38,7 @@ from lightning_stable.functional.robust_ddp import (
     needs_pairs,
     plan_aggregation,
 )
-from lightning_stable.strategies._agreement import agree_on_model
+from lightning_stable.strategies._agreement import agree_on_model, take_from_rank_zero
 from lightning_stable.strategies._slices import WorkerSlices
 from lightning_stable.strategies._workers import Workers
 
@@ -269,12 +269,7 @@ def _take_medians(module: nn.Module) -> None:
 def _take_counters_of_rank_zero(module: nn.Module) -> None:
     """Replace buffers that are no floating-point numbers by rank 0's, as DDP does."""
     counters = [buffer for buffer in module.buffers() if not buffer.is_floating_point() and buffer.numel()]
-    for kind in dict.fromkeys(counter.dtype for counter in counters):
-        members = [counter for counter in counters if counter.dtype == kind]
-        flat = torch.cat([member.flatten() for member in members])
-        dist.broadcast(flat, 0)
-        parts = torch.split(flat, [member.numel() for member in members])
-        torch._foreach_copy_(members, [part.view(m.shape) for part, m in zip(parts, members, strict=True)])
+    take_from_rank_zero(counters)
 
 
 def _write(parameters: list[nn.Parameter], aggregates: list[Tensor], there: Tensor) -> None:

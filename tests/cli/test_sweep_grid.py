@@ -8,7 +8,7 @@ import yaml
 from lightning_stable.cli._sweep_grid import HOST_PRECISIONS, Run, make_grid, parse_seeds, precision_settings
 from lightning_stable.cli.locate import CommandError
 from lightning_stable.functional.quantize import Quantizer, parse_format
-from lightning_stable.precision._recipe import PRESETS, PROJECTIONS
+from lightning_stable.precision._presets import PRESETS, PROJECTIONS
 from lightning_stable.precision.simulated import SimulatedPrecision
 
 
