@@ -14,8 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_stable._glue.method_wrap import MethodWrap
 from lightning_stable.callbacks._evaluate import LoggedValue, evaluate_validation
-from lightning_stable.callbacks._host import MethodWrap, refuse_company, refuse_sharded, run_first
+from lightning_stable.callbacks._host import refuse_company, refuse_sharded, run_first
 from lightning_stable.callbacks._weights import WeightSwap, floating_buffers, named_tensors, read_weights, tied_names
 from lightning_stable.functional._settings import check_choice, parse_device, parse_floating_dtype
 from lightning_stable.functional.ema import init_ema

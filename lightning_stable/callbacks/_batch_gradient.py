@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_stable.callbacks._quiet import QuietPass, loss_of, run_training_step
+from lightning_stable._glue.quiet import QuietPass, loss_of, run_training_step
 from lightning_stable.callbacks._reference import call_with_weights
 from lightning_stable.callbacks._worker_state import mean_over_processes
 

@@ -16,8 +16,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.optim import Optimizer
 
-from lightning_stable.callbacks._host import MethodWrap, do_nothing
-from lightning_stable.callbacks._quiet import QuietPass, RandomState, is_quiet
+from lightning_stable._glue.method_wrap import MethodWrap, do_nothing
+from lightning_stable._glue.quiet import QuietPass, RandomState, is_quiet
 
 __all__ = ["RepeatableStep", "is_trained_on", "may_repeat", "repeated_batch"]
 

@@ -11,10 +11,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_stable._glue.method_wrap import MethodWrap
+from lightning_stable._glue.quiet import QuietPass, is_quiet, loss_of
 from lightning_stable.callbacks._attributes import attributes_kept
 from lightning_stable.callbacks._head import HeadTap
-from lightning_stable.callbacks._host import MethodWrap
-from lightning_stable.callbacks._quiet import QuietPass, is_quiet, loss_of
 from lightning_stable.callbacks._reference import call_with_weights
 
 __all__ = ["EvaluationEnsemble"]

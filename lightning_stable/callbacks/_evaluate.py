@@ -1,8 +1,7 @@
 """Run the validation of a module inside training, once more, and keep what it logs to oneself."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,14 +10,15 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lightning_stable.callbacks._host import MethodWrap
+from lightning_stable._glue.batches import eval_mode, to_device
+from lightning_stable._glue.method_wrap import MethodWrap
 
-__all__ = ["LoggedValue", "eval_mode", "evaluate_validation", "to_device"]
+__all__ = ["LoggedValue", "evaluate_validation"]
 
 
 class LoggedValue(NamedTuple):
@@ -153,28 +153,3 @@ def _step(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: i
     pl_module.on_validation_batch_start(batch, *position)
     output = trainer.strategy.validation_step(batch, *(position if takes_index else position[1:]))
     pl_module.on_validation_batch_end(output, batch, *position)
-
-
-def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:
-    """Move a batch as the host's evaluation loop does.
-
-    The one private call here, ``_on_before_batch_transfer``, is how the host honours that hook on a datamodule.
-    """
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluate, and give each submodule its own train flag back."""
-    flags = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, flag in flags:
-            if type(part).train is not nn.Module.train:
-                part.train(flag)  # what it does beside setting the flag
-        for part, flag in flags:
-            part.training = flag

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_stable._glue.quiet import is_quiet
 from lightning_stable.callbacks._host import gradient_scaler
-from lightning_stable.callbacks._quiet import is_quiet
 from lightning_stable.callbacks._worker_state import trains_apart
 from lightning_stable.functional._simulated_layers import Quantized
 from lightning_stable.functional.numerics_monitor import OPERANDS, can_saturate

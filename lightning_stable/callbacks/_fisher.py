@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_stable.callbacks._evaluate import eval_mode
-from lightning_stable.callbacks._quiet import QuietPass, loss_of, run_training_step
+from lightning_stable._glue.batches import eval_mode
+from lightning_stable._glue.quiet import QuietPass, loss_of, run_training_step
 
 __all__ = ["fisher_diagonal"]
 

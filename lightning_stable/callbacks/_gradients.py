@@ -10,12 +10,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
-from lightning_stable.callbacks._host import (
-    gradient_scaler,
-    refuse_optimizer,
-    refuse_sharded,
-    refuse_unusual_gradient,
-)
+from lightning_stable.callbacks._host import gradient_scaler, refuse_optimizer, refuse_sharded, refuse_unusual_gradient
 
 __all__ = ["GradientTransform", "OptimizerStep"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
-from lightning_stable.callbacks._quiet import quiet_depth
+from lightning_stable._glue.quiet import quiet_depth
 
 __all__ = ["HeadTap", "list_heads"]
 

@@ -1,8 +1,6 @@
-"""Small pieces of glue to the host: a callback's place among the others, methods wrapped for the length of a fit."""
+"""Small pieces of glue to the host: a callback's place among the others, and what it cannot work with."""
 
-import functools
 import inspect
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -12,8 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 __all__ = [
-    "MethodWrap",
-    "do_nothing",
     "gradient_scaler",
     "refuse_company",
     "refuse_iterator",
@@ -106,46 +102,3 @@ def gradient_scaler(trainer: Trainer) -> Any:
     """Return the gradient scaler of a run in half precision, ``None`` in every other run."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None
-
-
-def do_nothing(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Stand in for a method that is not to run: what to give a :class:`MethodWrap`."""
-
-
-class MethodWrap:
-    """A method of one object, wrapped until :meth:`undo`.
-
-    Undoing in any order is safe: a wrap that another one has covered in the meantime passes calls through.
-
-    Args:
-        target: The object whose method is wrapped, on the instance.
-        name: The method's name.
-        around: Called as ``around(original, *args, **kwargs)`` in place of the method.
-    """
-
-    def __init__(self, target: Any, name: str, around: Callable[..., Any]) -> None:
-        self._target = target
-        self._name = name
-        self._before = vars(target).get(name)
-        self._active = True
-        original = getattr(target, name)
-
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return around(original, *args, **kwargs) if self._active else original(*args, **kwargs)
-
-        # The host looks through one wrap, to know from the signature what to pass.
-        cast(Any, wrapped).__wrapped__ = inspect.unwrap(original)
-        cast(Any, wrapped).method_wrap = self
-        setattr(target, name, wrapped)
-
-    def undo(self) -> None:
-        """Put the method back as it was, once the wraps that cover this one are undone, too."""
-        self._active = False
-        present = vars(self._target).get(self._name)
-        while isinstance(wrap := getattr(present, "method_wrap", None), MethodWrap) and not wrap._active:
-            present = wrap._before
-            if present is None:
-                delattr(self._target, self._name)
-            else:
-                setattr(self._target, self._name, present)

@@ -10,10 +10,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_stable._glue.method_wrap import MethodWrap
+from lightning_stable._glue.quiet import is_quiet, loss_of
 from lightning_stable.callbacks._closure import is_trained_on, may_repeat, repeated_batch
 from lightning_stable.callbacks._head import HeadTap
-from lightning_stable.callbacks._host import MethodWrap, refuse_manual, refuse_sharded
-from lightning_stable.callbacks._quiet import is_quiet, loss_of
+from lightning_stable.callbacks._host import refuse_manual, refuse_sharded
 from lightning_stable.functional._settings import check_count, check_not_negative, check_positive
 
 __all__ = ["LossTerm"]

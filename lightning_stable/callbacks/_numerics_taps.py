@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_stable.callbacks._quiet import is_quiet
+from lightning_stable._glue.quiet import is_quiet
 from lightning_stable.functional._simulated_layers import Quantized
 from lightning_stable.functional.numerics_monitor import add_statistics, empty_statistics, operand_statistics
 from lightning_stable.functional.quantize import Quantizer, quantize

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_stable._glue.quiet import quiet_depth
 from lightning_stable.callbacks._head import list_heads
-from lightning_stable.callbacks._quiet import quiet_depth
 
 __all__ = ["OutputTap", "Targets", "find_targets", "same_as_inputs"]
 

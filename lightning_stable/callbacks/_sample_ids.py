@@ -21,7 +21,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
 
-from lightning_stable.callbacks._host import MethodWrap
+from lightning_stable._glue.method_wrap import MethodWrap
 
 __all__ = ["SampleIds"]
 

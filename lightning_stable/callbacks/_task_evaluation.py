@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
+from lightning_stable._glue.batches import eval_mode, to_device
+from lightning_stable._glue.quiet import QuietPass
 from lightning_stable.callbacks._attributes import attributes_kept
-from lightning_stable.callbacks._evaluate import eval_mode, to_device
-from lightning_stable.callbacks._quiet import QuietPass
 from lightning_stable.callbacks._reference import call_with_weights
 from lightning_stable.callbacks._task_scores import TaskScore
 from lightning_stable.callbacks._task_subsets import (

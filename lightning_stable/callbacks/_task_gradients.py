@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_stable.callbacks._quiet import loss_of, run_training_step
+from lightning_stable._glue.quiet import loss_of, run_training_step
 from lightning_stable.callbacks._task_evaluation import TaskEvaluation
 
 __all__ = ["gradient_parts"]

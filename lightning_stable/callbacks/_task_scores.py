@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_stable._glue.quiet import loss_of, run_training_step
 from lightning_stable.callbacks._head import HeadTap, list_heads
-from lightning_stable.callbacks._quiet import loss_of, run_training_step
 from lightning_stable.callbacks._samples import find_labels
 from lightning_stable.callbacks._task_subsets import Chunk
 

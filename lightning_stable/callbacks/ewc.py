@@ -19,10 +19,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_stable._glue.quiet import QuietPass
 from lightning_stable.callbacks._anchor import WeightAnchor
 from lightning_stable.callbacks._fisher import fisher_diagonal
 from lightning_stable.callbacks._host import refuse_iterator, refuse_manual
-from lightning_stable.callbacks._quiet import QuietPass
 from lightning_stable.callbacks._task_samples import TaskSamples
 from lightning_stable.functional._settings import check_count
 from lightning_stable.functional.ewc import EWCState, check_fisher_decay, update_ewc

@@ -19,10 +19,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_stable._glue.method_wrap import MethodWrap
+from lightning_stable._glue.quiet import is_quiet
 from lightning_stable.callbacks._closure import is_trained_on
-from lightning_stable.callbacks._host import MethodWrap, refuse_sharded
+from lightning_stable.callbacks._host import refuse_sharded
 from lightning_stable.callbacks._output_tap import OutputTap, Targets, find_targets, same_as_inputs
-from lightning_stable.callbacks._quiet import is_quiet
 from lightning_stable.callbacks._reports import report
 from lightning_stable.functional._settings import check_choice, check_count, check_positive
 from lightning_stable.functional.logit_sharpness import POSITIONS, choose_positions, logit_sharpness

@@ -21,10 +21,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_stable.callbacks._evaluate import eval_mode
+from lightning_stable._glue.batches import eval_mode
+from lightning_stable._glue.quiet import QuietPass
 from lightning_stable.callbacks._host import refuse_iterator
 from lightning_stable.callbacks._loss import LossTerm
-from lightning_stable.callbacks._quiet import QuietPass
 from lightning_stable.callbacks._reference import call_with_weights
 from lightning_stable.callbacks._tasks import TaskClock
 from lightning_stable.callbacks._weights import floating_buffers

@@ -19,11 +19,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from lightning_stable._glue.method_wrap import MethodWrap
+from lightning_stable._glue.quiet import is_quiet
 from lightning_stable.callbacks._closure import is_trained_on
-from lightning_stable.callbacks._host import MethodWrap, refuse_sharded
+from lightning_stable.callbacks._host import refuse_sharded
 from lightning_stable.callbacks._numerics_log import NumericsLog, summarise
 from lightning_stable.callbacks._numerics_taps import NumericsTaps
-from lightning_stable.callbacks._quiet import is_quiet
 from lightning_stable.functional._settings import check_choice, check_count
 from lightning_stable.functional.numerics_monitor import MEASURES, OPERANDS, merge_statistics
 from lightning_stable.functional.quantize import Quantizer

@@ -21,17 +21,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_stable._glue.method_wrap import MethodWrap
+from lightning_stable._glue.quiet import QuietPass
 from lightning_stable.callbacks._batch_gradient import batch_gradient
 from lightning_stable.callbacks._fisher import fisher_diagonal
-from lightning_stable.callbacks._host import (
-    MethodWrap,
-    refuse_iterator,
-    refuse_manual,
-    refuse_sharded,
-    refuse_unusual_gradient,
-)
+from lightning_stable.callbacks._host import refuse_iterator, refuse_manual, refuse_sharded, refuse_unusual_gradient
 from lightning_stable.callbacks._provisional import ProvisionalChange
-from lightning_stable.callbacks._quiet import QuietPass
 from lightning_stable.callbacks._task_samples import TaskSamples
 from lightning_stable.callbacks._tasks import TaskClock
 from lightning_stable.functional._settings import check_count, check_not_negative, check_positive

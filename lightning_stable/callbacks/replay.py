@@ -19,9 +19,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_stable._glue.method_wrap import MethodWrap
+from lightning_stable._glue.quiet import QuietPass, is_quiet, loss_of
 from lightning_stable.callbacks._closure import is_trained_on, may_repeat, repeated_batch
-from lightning_stable.callbacks._host import MethodWrap, refuse_iterator, refuse_manual, refuse_sharded, run_first
-from lightning_stable.callbacks._quiet import QuietPass, is_quiet, loss_of
+from lightning_stable.callbacks._host import refuse_iterator, refuse_manual, refuse_sharded, run_first
 from lightning_stable.callbacks._replay_memory import POLICIES, ReplayMemory
 from lightning_stable.callbacks._samples import count_samples, find_labels, rebuild
 from lightning_stable.callbacks._shared_samples import count_everywhere, gather_classes, gather_samples

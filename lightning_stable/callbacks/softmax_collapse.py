@@ -20,10 +20,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_stable._glue.method_wrap import MethodWrap
+from lightning_stable._glue.quiet import is_quiet, loss_of
 from lightning_stable.callbacks._closure import is_trained_on
 from lightning_stable.callbacks._head import HeadTap
-from lightning_stable.callbacks._host import MethodWrap, refuse_sharded
-from lightning_stable.callbacks._quiet import is_quiet, loss_of
+from lightning_stable.callbacks._host import refuse_sharded
 from lightning_stable.callbacks._reports import report
 from lightning_stable.functional._settings import check_count, parse_floating_dtype
 from lightning_stable.functional.softmax_collapse import softmax_collapse

@@ -8,9 +8,10 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_stable._glue.quiet import QuietPass, own_loss
 from lightning_stable.functional.quantize import Quantizer, search_exponent_bias
 from lightning_stable.functional.simulated import quantized_layers
-from lightning_stable.precision._first_batch import all_layers, loss_on, quiet, why_not_again
+from lightning_stable.precision._first_batch import all_layers, why_not_again
 
 __all__ = ["Biases", "apply_biases", "search_biases"]
 
@@ -42,11 +43,11 @@ def search_biases(
     try:
         with (
             torch.compiler.set_stance("force_eager"),
-            quiet(pl_module),
+            QuietPass()(pl_module),
             forward_context(),
             all_layers(layers, enabled=False),
         ):
-            loss_on(pl_module, batch, batch_idx)
+            own_loss(pl_module, batch, batch_idx)
     finally:
         for handle in handles:
             handle.remove()

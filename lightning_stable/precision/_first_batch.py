@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -10,12 +10,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
+from lightning_stable._glue.quiet import QuietPass, own_loss
 from lightning_stable.functional._simulated_layers import Quantized
 from lightning_stable.functional.quantize import Quantizer, quantize
 from lightning_stable.functional.simulated import LayerQuantization, quantized_layers
@@ -26,8 +24,6 @@ __all__ = [
     "Watch",
     "all_layers",
     "compare_gradients",
-    "loss_on",
-    "quiet",
     "why_not_again",
 ]
 
@@ -147,8 +143,8 @@ class FirstBatch(Callback):
 
     def _report(self, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # What is compiled need not be compiled again for two passes.
-        with torch.compiler.set_stance("force_eager"), quiet(pl_module), self._forward_context():
-            found = compare_gradients(self._owner, pl_module, lambda: loss_on(pl_module, batch, batch_idx))
+        with torch.compiler.set_stance("force_eager"), QuietPass()(pl_module), self._forward_context():
+            found = compare_gradients(self._owner, pl_module, lambda: own_loss(pl_module, batch, batch_idx))
         if found is None:
             rank_zero_info(f"{self._owner}: the first batch gives the quantized layers no gradient to compare.")
             return
@@ -252,61 +248,3 @@ def why_not_again(pl_module: LightningModule) -> str | None:
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
         return f"{type(pl_module).__name__}.training_step takes dataloader_iter, which gives each batch once"
     return None
-
-
-def loss_on(pl_module: LightningModule, batch: Any, batch_idx: int) -> Tensor | None:
-    """Run the module's own training step, without what callbacks add to it."""
-    step = vars(pl_module).get("training_step")
-    if step is None or hasattr(step, "method_wrap"):
-        step = type(pl_module).training_step.__get__(pl_module)
-    # Containers of its own, in case the step takes them apart.
-    batch = tree_map(lambda leaf: leaf, batch)
-    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
-    output = step(batch, batch_idx) if takes_index else step(batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    return loss if isinstance(loss, Tensor) else None
-
-
-@contextmanager
-def quiet(pl_module: LightningModule) -> Iterator[None]:
-    """Let passes leave no trace: nothing is logged, buffers, metrics and random numbers are as before afterwards."""
-    buffers = [
-        (part, name, buffer, buffer.detach().clone())
-        for part in pl_module.modules()
-        for name, buffer in part.named_buffers(recurse=False)
-    ]
-    with ExitStack() as stack:
-        stack.enter_context(isolate_rng())
-        for parent, name, metric in list(_metrics(pl_module)):
-            stack.callback(setattr, parent, name, metric)
-            stand_in = metric.clone()
-            stand_in.reset()
-            setattr(parent, name, stand_in)
-        own = vars(pl_module).get("log")
-        stack.callback(_put_back, pl_module, own)
-        vars(pl_module)["log"] = lambda *args, **kwargs: None
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for part, name, buffer, value in buffers:
-                    buffer.copy_(value)
-                    if getattr(part, name) is not buffer:
-                        setattr(part, name, buffer)  # the module put another tensor in its place
-
-
-def _put_back(pl_module: LightningModule, own: Any) -> None:
-    if own is None:
-        del vars(pl_module)["log"]
-    else:
-        vars(pl_module)["log"] = own
-
-
-def _metrics(module: nn.Module) -> Iterator[tuple[nn.Module, str, Metric | MetricCollection]]:
-    """Yield the outermost metrics within a module, in each place that they have."""
-    within: list[str] = []
-    for path, part in module.named_modules(remove_duplicate=False):
-        if isinstance(part, (Metric, MetricCollection)) and not any(path.startswith(outer) for outer in within):
-            within.append(f"{path}.")
-            parent, _, name = path.rpartition(".")
-            yield module.get_submodule(parent), name, part

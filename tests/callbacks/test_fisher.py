@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
+from lightning_stable._glue.quiet import QuietPass
 from lightning_stable.callbacks._fisher import fisher_diagonal
-from lightning_stable.callbacks._quiet import QuietPass
 from lightning_stable.callbacks.lwf import LwF
 from lightning_stable.callbacks.sam import SAM
 

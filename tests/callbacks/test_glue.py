@@ -4,7 +4,7 @@ import pytest
 import torch
 from contract.harness import Net
 
-from lightning_stable.callbacks._host import MethodWrap
+from lightning_stable._glue.method_wrap import MethodWrap
 from lightning_stable.callbacks._weights import _CHUNK_BYTES, WeightSwap, _chunks
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from tasks import STEPS, fit_tasks
 from torch import Tensor, nn
 
-from lightning_stable.callbacks._quiet import is_quiet
+from lightning_stable._glue.quiet import is_quiet
 
 
 class Wrapped(nn.Module):

@@ -11,11 +11,12 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchmetrics import Metric, MetricCollection
 
-from lightning_stable.callbacks._host import MethodWrap, do_nothing
+from lightning_stable._glue.method_wrap import MethodWrap, do_nothing
 
-__all__ = ["QuietPass", "RandomState", "is_quiet", "loss_of", "quiet_depth", "run_training_step"]
+__all__ = ["QuietPass", "RandomState", "is_quiet", "loss_of", "own_loss", "quiet_depth", "run_training_step"]
 
 # Modules in a quiet pass at present, with how many of them are within each other.
 _quiet: WeakKeyDictionary[LightningModule, int] = WeakKeyDictionary()
@@ -33,14 +34,26 @@ def quiet_depth(pl_module: LightningModule) -> int:
 
 def run_training_step(pl_module: LightningModule, batch: Any, batch_idx: int = 0) -> Any:
     """Run the module's own training step on a batch, with the arguments that the host would give, beside the host."""
-    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
-    return pl_module.training_step(batch, batch_idx) if takes_index else pl_module.training_step(batch)
+    return pl_module.training_step(batch, batch_idx) if _takes_index(pl_module) else pl_module.training_step(batch)
 
 
 def loss_of(output: Any) -> Tensor | None:
     """Return the loss within what a training step returned, ``None`` if it skips."""
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return loss if isinstance(loss, Tensor) else None
+
+
+def own_loss(pl_module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor | None:
+    """Return the loss of the module's own training step on a batch, without what callbacks add to it.
+
+    ``None`` if the step skips the batch.
+    """
+    step = vars(pl_module).get("training_step")
+    if step is None or hasattr(step, "method_wrap"):
+        step = type(pl_module).training_step.__get__(pl_module)
+    # Containers of its own, in case the step takes them apart.
+    batch = tree_map(lambda leaf: leaf, batch)
+    return loss_of(step(batch, batch_idx) if _takes_index(pl_module) else step(batch))
 
 
 class RandomState(NamedTuple):
@@ -137,6 +150,10 @@ def _put_back(buffers: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
         buffer.copy_(value)  # all of them: batch normalisation writes without a trace in the tensor's version
         if getattr(part, name) is not buffer:
             setattr(part, name, buffer)  # the module put another tensor in its place
+
+
+def _takes_index(pl_module: LightningModule) -> bool:
+    return bool(is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2))
 
 
 def _metrics(module: nn.Module) -> Iterator[tuple[nn.Module, str, Metric | MetricCollection]]:
