@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_stable._glue.figures import new_figure
 from lightning_stable.callbacks._gap_record import WEIGHTS, recovery_share
 from lightning_stable.functional._gap import GapTrack, begin_gaps, record_gaps
 
@@ -127,13 +128,6 @@ def draw_gap(record: dict[str, Any], path: str | Path, title: str | None = None)
     Raises:
         ModuleNotFoundError: If matplotlib is missing; the message says how to get it.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "The picture needs matplotlib, which is missing. Get it by: pip install 'lightning-stable[plots]'"
-        ) from error
     path = Path(path)
     curves = _curves(record)
     tasks = [task for task in record["tasks"] if any(task["task"] in lines for lines in curves.values())]
@@ -141,7 +135,9 @@ def draw_gap(record: dict[str, Any], path: str | Path, title: str | None = None)
         return False
     shown, gradients = tasks[:_MAX_PANELS], _has_gradients(record)
     heights = [1.0] * len(shown) + [1.1] * gradients
-    figure = Figure(figsize=(10, 1.3 + 1.45 * sum(heights)), dpi=150, layout="constrained")
+    figure = new_figure("The picture", (10, 1.3 + 1.45 * sum(heights)))
+    from matplotlib.ticker import MaxNLocator  # not before it is known to be there
+
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axis in axes:
         _prepare(axis, record, _last_step(record, curves))

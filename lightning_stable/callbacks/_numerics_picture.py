@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lightning_stable._glue.figures import new_figure
 from lightning_stable.functional.numerics_monitor import MEASURES, OPERANDS
 
 __all__ = ["draw_numerics"]
@@ -17,7 +18,7 @@ _NOTHING, _UNSEEN, _TEXT = "#ffffff", "#d5d9dd", "#4a4a4a"
 
 
 class _Look(NamedTuple):
-    """How a measure is drawn: its name and colours, whether high is bad, and the range of a logarithmic scale."""
+    """How a measure is drawn: its name in short lines, its colours, whether high is bad, the scale."""
 
     label: str
     colors: str
@@ -26,9 +27,9 @@ class _Look(NamedTuple):
 
 
 _LOOKS = {
-    "underflow": _Look("share of nonzero entries that became 0", "YlOrRd", True, True),
-    "saturation": _Look("share of entries beyond the largest value", "YlOrRd", True, True),
-    "sqnr": _Look("signal to quantization noise, dB", "RdYlBu", False, False),
+    "underflow": _Look("share of nonzero entries\nthat became 0", "YlOrRd", True, True),
+    "saturation": _Look("share of entries beyond\nthe largest value", "YlOrRd", True, True),
+    "sqnr": _Look("signal to quantization\nnoise, dB", "RdYlBu", False, False),
     "absmax": _Look("largest magnitude", "viridis", True, True),
 }
 _LOWEST_SHARE = 1e-5
@@ -49,12 +50,6 @@ def draw_numerics(record: dict[str, Any], path: str | Path, name: str = "underfl
     Raises:
         ModuleNotFoundError: If matplotlib is missing; the message says how to get it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "The picture needs matplotlib, which is missing. Get it by: pip install 'lightning-stable[plots]'"
-        ) from error
     path, look = Path(path), _LOOKS[name]
     values = record["values"][..., MEASURES.index(name)]
     if not bool(values.isfinite().any()):
@@ -63,7 +58,7 @@ def draw_numerics(record: dict[str, Any], path: str | Path, name: str = "underfl
     operands = [operand for operand in OPERANDS if any(row[1] == operand for row in record["rows"])]
     steps, values = _joined(record["steps"], values, look)
     height = 1.4 + max(1.2, 0.17 * len(layers))
-    figure = Figure(figsize=(2.2 + 2.9 * len(operands), height), dpi=150, layout="constrained")
+    figure = new_figure("The picture", (2.2 + 2.9 * len(operands), height))
     axes = figure.subplots(1, len(operands), sharey=True, squeeze=False)[0]
     norm = _norm(look, values)
     for axis, operand in zip(axes, operands, strict=True):

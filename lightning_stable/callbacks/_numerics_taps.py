@@ -63,14 +63,17 @@ class NumericsTaps:
         self.seen = False
 
     def attach(self, pl_module: LightningModule) -> None:
-        """Find the layers to watch.
+        """Find the layers to watch; there are none where layers are converted but all formats are ``None``.
 
         Raises:
-            ValueError: If there is none; the message says which there are.
+            ValueError: If there is none otherwise; the message says which there are.
         """
         self.forget()
         self._module = pl_module
-        self._converted = {name: state for name, state in quantized_layers(pl_module).items() if self._wanted(name)}
+        states = quantized_layers(pl_module)
+        # One that quantizes nothing is as any other layer.
+        quantizing = {name: state for name, state in states.items() if state.quantizes}
+        self._converted = {name: state for name, state in quantizing.items() if self._wanted(name)}
         layers = {
             name: part for name, part in pl_module.named_modules() if name and quantized_kind(type(part)) is not None
         }
@@ -83,7 +86,8 @@ class NumericsTaps:
                     self._places[name, operand] = len(self.rows)
                     self.rows.append((name, operand))
                     self.formats.append(_format_of(quantizer))
-        if not self.rows:
+        idle = bool(states) and not quantizing and not self._quantizers
+        if not self.rows and not idle:
             raise ValueError(self._nothing(pl_module, list(layers)))
         self.empty(pl_module.device)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_stable._glue.method_wrap import MethodWrap
@@ -36,7 +37,8 @@ class NumericsMonitor(Callback):
     r"""Report underflow, saturation, SQNR, absmax and exponents of each layer's operands, every few optimizer steps.
 
     Layers that SimulatedPrecision has converted show what their own quantizers do. With ``format`` every other linear
-    and convolutional layer shows what that format would do to it. Statistics add up on the device over the
+    and convolutional layer shows what that format would do to it. Where all formats of SimulatedPrecision are ``None``
+    and there is no ``format``, a warning says that nothing is watched. Statistics add up on the device over the
     micro-batches of the steps that are watched. When a step is reported they are summed over processes and read: see
     :mod:`lightning_stable.functional.numerics_monitor` for what they are.
 
@@ -159,6 +161,11 @@ class NumericsMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The precision plugin has converted its layers by now.
         self._taps.attach(pl_module)
+        if not self._taps.rows:
+            rank_zero_warn(
+                "NumericsMonitor watches nothing in this run: layers are converted, and all their formats are None. "
+                "Give SimulatedPrecision a format, or NumericsMonitor one to try, as in format='e4m3'."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,7 +174,10 @@ class NumericsMonitor(Callback):
             self._log.load_state_dict(restored["log"])
         elif self._log.steps and self._log.steps[-1] > self._done(trainer):
             self._log.forget()  # another fit of the module, which counts its steps from 0 again
-        self._log.begin(trainer, self._taps.rows)
+        if self._taps.rows:
+            self._log.begin(trainer, self._taps.rows)
+        else:
+            self._log.forget()
         window = None if restored is None else restored.get("window")
         # The statistics of other processes are not in a checkpoint, and those of process 0 count once.
         if window is not None and trainer.global_rank == 0 and len(window) == len(self._taps.rows):
@@ -184,7 +194,7 @@ class NumericsMonitor(Callback):
         before, self._last_step = self._last_step // max(1, len(trainer.optimizers)), trainer.global_step
         self._taps.close()
         done = self._done(trainer)
-        if done // self.every_n_steps > before // self.every_n_steps:
+        if self._taps.rows and done // self.every_n_steps > before // self.every_n_steps:
             self._report(trainer, pl_module, done)
 
     @override

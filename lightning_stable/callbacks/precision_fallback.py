@@ -267,6 +267,11 @@ class PrecisionFallback(Callback):
                 f"PrecisionFallback found no quantized layer in {type(pl_module).__name__}, so it has nothing to "
                 "switch. Train with plugins=[SimulatedPrecision(...)], or leave PrecisionFallback out."
             )
+        if not any(layer.quantizes for layer in found.values()):
+            raise ValueError(
+                f"PrecisionFallback has nothing to switch in {type(pl_module).__name__}: its {len(found)} converted "
+                "layers have no format. Give SimulatedPrecision a format, or leave PrecisionFallback out."
+            )
         chosen = {
             name: layer
             for name, layer in found.items()

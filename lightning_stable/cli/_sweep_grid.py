@@ -12,22 +12,27 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from lightning_stable.cli._sweep_precision import (
+    check_precision,
+    left_out,
+    precision_settings,
+    read_config,
+    trainer_parts,
+)
+from lightning_stable.cli._variables import used_variables
 from lightning_stable.cli.locate import CommandError, find_template, list_templates, resolve_config
-from lightning_stable.precision._presets import PROJECTIONS
 
 __all__ = [
-    "HOST_PRECISIONS",
     "LOG_NAME",
     "RECORD_NAME",
     "RESULT_NAME",
     "Run",
+    "check_rate_key",
     "command_of",
     "config_paths",
     "make_grid",
     "parse_seeds",
-    "precision_settings",
+    "rate_keys",
     "read_json",
     "run_config",
     "write_json",
@@ -35,24 +40,9 @@ __all__ = [
 
 LOG_NAME, RECORD_NAME, RESULT_NAME = "log.txt", "record.json", "result.json"
 
-HOST_PRECISIONS = (
-    *("64", "32", "16", "bf16", "64-true", "32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"),
-    *("transformer-engine", "transformer-engine-float16"),
-)
-"""What ``--precision`` hands to the Trainer as it is."""
-
-_SIMULATED = "lightning_stable.precision.simulated.SimulatedPrecision"
 _RECORD = "lightning_stable.cli._sweep_record.SweepRecord"
-# As lightning_stable.functional.quantize has them, which needs torch.
-_FORMAT = re.compile(
-    r"e[1-8]m(\d|10)|int[2-8]|shift[2-8]|mxfp8(_e5m2)?|mxfp6(_e2m3)?|mxfp4|nvfp4|binary|ternary", re.ASCII
-)
-_SCALING = re.compile(r"none|tensor|channel|row|(group|shift):[1-9]\d*", re.ASCII)
-# Formats that bring the scales of their blocks, and take none besides.
-_BLOCKS = re.compile(r"mxfp.*|nvfp4")
-_ALL_LAYERS = ["*"]
-# As wide as float32, or nearly: simulated without a scale, as in the paper that cuts bits off them (arXiv 2405.18710).
-_WIDE = re.compile(r"e[678]m\d+")
+# What a learning rate is called, as the last word of a key.
+_RATE = re.compile(r"(.*_)?(lr|learning_rate)", re.ASCII)
 
 
 class Run(NamedTuple):
@@ -106,20 +96,8 @@ def make_grid(precisions: Sequence[str], rates: Sequence[float], seeds: Sequence
         raise CommandError(f"--lr {wrong[0]}: a learning rate is a finite number above 0.")
     rates, precisions = _unique("--lr", rates), _unique("--precision", precisions)
     for precision in precisions:
-        _check_precision(precision)
+        check_precision(precision)
     return [Run(precision, rate, seed) for seed in seeds for precision in precisions for rate in rates]
-
-
-def _check_precision(precision: str) -> None:
-    """Raise ``CommandError`` unless this is a precision of the host or a format to simulate."""
-    formats, colon, scaling = precision.partition(":")
-    known = all(_FORMAT.fullmatch(name) for name in formats.split("/")) and formats.count("/") < 2
-    if precision not in HOST_PRECISIONS and not (known and (not colon or _SCALING.fullmatch(scaling))):
-        raise CommandError(
-            f"--precision {precision}: give a precision of the Trainer (32-true, bf16-mixed ...) or a format "
-            "FORMAT[/GRADIENTS][:SCALING], as in e8m5, e4m3/e5m2:row or int4:group:128. Formats: eXmY, int2 to int8, "
-            "mxfp8, mxfp8_e5m2, mxfp6, mxfp6_e2m3, mxfp4, nvfp4, shift2 to shift8, binary, ternary."
-        )
 
 
 def _unique(option: str, values: Iterable[Any]) -> list[Any]:
@@ -153,58 +131,36 @@ def config_paths(given: Sequence[str]) -> list[str]:
     return found
 
 
-def precision_settings(precision: str, configs: Sequence[str]) -> dict[str, Any]:
-    """Return what a run's config says under ``trainer`` to train in a precision.
+def check_rate_key(key: str, configs: Sequence[str], overrides: Sequence[str]) -> None:
+    """Raise ``CommandError`` if the key of the learning rate is a variable that nothing refers to.
 
-    ``FORMAT[/GRADIENTS][:SCALING]`` is simulated: the first format for weights and activations, and for gradients
-    unless they have their own. Without a scaling, formats with six or more bits of exponent have none and the others
-    that of SimulatedPrecision. A SimulatedPrecision in the user's configs keeps its other settings, and its scaling
-    where none is asked for and the format takes one. Of its preset stays which layers it converts.
-
-    Args:
-        precision: A precision of the host, or a format.
-        configs: The user's configs, as ``fit`` takes them.
+    ``fit`` refuses it, too; here it is told before a run starts, and with the keys that there are.
     """
-    kept, simulated = _plugins(configs)
-    if precision in HOST_PRECISIONS:
-        return {"precision": precision, "plugins": kept or None}
-    formats, _, scaling = precision.partition(":")
-    both, _, gradients = formats.partition("/")
-    asked = {"weights": both, "activations": both, "gradients": gradients or both}
-    settings = {**simulated, **asked}
-    if settings.pop("preset", None) is not None and settings.get("include", _ALL_LAYERS) == _ALL_LAYERS:
-        settings["include"] = list(PROJECTIONS)  # the preset itself would set formats, too
-    for operand, name in asked.items():
-        if scaling or _BLOCKS.fullmatch(name):
-            settings.pop(f"{operand.removesuffix('s')}_scaling", None)
-    if scaling or ("scaling" not in simulated and _WIDE.fullmatch(both)):
-        settings["scaling"] = scaling or "none"
-    return {"precision": None, "plugins": [*kept, {"class_path": _SIMULATED, "init_args": settings}]}
+    room, _, name = key.partition(".")
+    texts = [Path(resolve_config(config)[0]).read_text(encoding="utf-8") for config in configs]
+    texts += [option for option in overrides if "${" in option]
+    if room == "vars" and name.partition(".")[0] not in used_variables("\n".join(texts)):
+        raise CommandError(
+            f"--lr-key {key}: no config refers to ${{{key}}}, so the learning rate would change nothing. "
+            f"{rate_keys(configs)}"
+        )
 
 
-def _plugins(configs: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
-    """Return the plugins of the user's configs without those of precision, and the settings of SimulatedPrecision."""
-    kept: list[Any] = []
-    simulated: dict[str, Any] = {}
+def rate_keys(configs: Sequence[str]) -> str:
+    """Return a sentence on the keys that set a learning rate in the user's configs."""
+    found: list[str] = []
     for config in configs:
-        trainer = (yaml.safe_load(Path(resolve_config(config)[0]).read_text(encoding="utf-8")) or {}).get("trainer")
-        if not isinstance(trainer, dict):
-            continue
-        if "plugins" in trainer:
-            kept, simulated = [], {}  # a later file replaces the list
-        given = [*_listed(trainer.get("plugins")), *_listed(trainer.get("plugins+"))]
-        for plugin in given:
-            path = plugin.get("class_path", "") if isinstance(plugin, dict) else str(plugin)
-            name = path.rpartition(".")[2]
-            if name == "SimulatedPrecision":
-                simulated = dict(plugin.get("init_args") or {}) if isinstance(plugin, dict) else {}
-            elif not name.endswith(("Precision", "Precision8bit")):
-                kept.append(plugin)
-    return kept, simulated
-
-
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else value if isinstance(value, list) else [value]
+        content = read_config(config)
+        used = used_variables(Path(resolve_config(config)[0]).read_text(encoding="utf-8"))
+        found += [f"vars.{name}" for name in sorted(used) if _RATE.fullmatch(name)]
+        for room in ("model", "optimizer"):
+            part = content.get(room)
+            settings = part.get("init_args", part) if isinstance(part, dict) else None
+            names = settings if isinstance(settings, dict) else {}
+            found += [f"{room}.{name}" for name in names if _RATE.fullmatch(name)]
+    if not found:
+        return "Name the option that sets it, as in --lr-key model.lr or --lr-key optimizer.lr."
+    return f"In these configs there is {' and '.join(f'--lr-key {key}' for key in dict.fromkeys(found))}."
 
 
 def run_config(run: Run, folder: Path, configs: Sequence[str], metric: str) -> dict[str, Any]:
@@ -218,14 +174,17 @@ def run_config(run: Run, folder: Path, configs: Sequence[str], metric: str) -> d
     """
     place = folder.resolve()
     logger = {"save_dir": str(place), "name": "logs", "version": ""}
-    record = {"path": str(place / RECORD_NAME), "metric": metric}
+    record = {"class_path": _RECORD, "init_args": {"path": str(place / RECORD_NAME), "metric": metric}}
+    given = trainer_parts("callbacks", configs)
+    without = left_out(run.precision, given)
+    kept = [callback for callback in given if callback not in without]
     return {
         "trainer": {
             **precision_settings(run.precision, configs),
             # Runs side by side must not share a folder.
             "default_root_dir": str(place),
             "logger": [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": logger}],
-            "callbacks+": [{"class_path": _RECORD, "init_args": record}],
+            **({"callbacks": [*kept, record]} if without else {"callbacks+": [record]}),
             "enable_progress_bar": False,
         }
     }

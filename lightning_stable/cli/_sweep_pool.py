@@ -3,23 +3,39 @@
 import importlib
 import os
 import queue
+import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_stable.cli._sweep_grid import LOG_NAME
 from lightning_stable.cli.locate import CommandError
 
-__all__ = ["PARENT_VARIABLE", "Ended", "Job", "make_slots", "run_here", "run_on_ray", "run_one"]
+__all__ = [
+    "PARENT_VARIABLE",
+    "Ended",
+    "Job",
+    "Terminated",
+    "make_slots",
+    "run_here",
+    "run_on_ray",
+    "run_one",
+    "terminable",
+]
 
 PARENT_VARIABLE = "LIGHTNING_STABLE_SWEEP_PARENT"
 
 # How long a run may take to end after it was told to.
 _SECONDS_TO_END = 20
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a sweep as Ctrl-C does."""
 
 
 class Job(NamedTuple):
@@ -48,6 +64,23 @@ class Ended(NamedTuple):
     place: int
     code: int
     seconds: float
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM raise :class:`Terminated`, so that whoever runs jobs can end them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_one(job: Job, started: Callable[["subprocess.Popen[bytes]"], None] | None = None) -> tuple[int, float]:
@@ -86,7 +119,7 @@ def make_slots(count: int) -> list[dict[str, str]]:
     return [{**share, "CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} for slot in range(count)]
 
 
-def run_here(jobs: Sequence[Job], count: int) -> Iterator[Ended]:
+def run_here(jobs: Sequence[Job], count: int) -> Generator[Ended, None, None]:
     """Run jobs on this machine, so many at a time; yield each as it ends.
 
     Whoever stops taking them ends those that are running.
@@ -140,7 +173,7 @@ def _end(processes: set["subprocess.Popen[bytes]"]) -> None:
             process.kill()
 
 
-def run_on_ray(jobs: Sequence[Job], gpus: float = 0.0) -> Iterator[Ended]:
+def run_on_ray(jobs: Sequence[Job], gpus: float = 0.0) -> Generator[Ended, None, None]:
     """Run jobs as tasks of Ray; yield each as it ends.
 
     All machines have to see the folders of the jobs and the files that their commands name.

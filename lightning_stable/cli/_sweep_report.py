@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_stable._glue.figures import new_figure
 from lightning_stable.cli._sweep_grid import Run
 from lightning_stable.cli._sweep_options import DIVERGED_AT
 
@@ -132,15 +133,9 @@ def draw_map(cells: dict[tuple[str, float], Cell], path: Path, title: str, metri
     Raises:
         ModuleNotFoundError: If matplotlib is missing; the message says how to get it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "The heat map needs matplotlib, which is missing. Get it by: pip install 'lightning-stable[plots]'"
-        ) from error
     precisions, rates = _axes(cells)
     size = (2.4 + 1.25 * max(2, len(rates)), 1.7 + 0.6 * len(precisions))
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure = new_figure("The heat map", size)
     axis = figure.subplots()
     shares = [[cells[name, rate].share for rate in rates] for name in precisions]
     known = [[float("nan") if share is None else share for share in row] for row in shares]

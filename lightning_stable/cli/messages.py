@@ -6,6 +6,7 @@ import inspect
 import re
 from types import FrameType, TracebackType
 
+from lightning_stable.cli._sweep_precision import is_simulated_format
 from lightning_stable.cli.values import explain_value, inner_problem
 from lightning_stable.registry import METHODS
 
@@ -21,6 +22,7 @@ _NO_CLASS = re.compile(
     re.DOTALL,
 )
 _REQUIRED = re.compile(r"arguments are required: (?:\w+\.)?(?P<key>.+)")
+_PRECISION = re.compile(r"trainer\.precision: expected .*, got (?P<given>\S+)\.", re.DOTALL)
 _RESOLVED = re.compile(r"resolved to '(?:fit|validate|test|predict)\.(?P<key>[^']+)'")
 
 _PARSER = "jsonargparse."
@@ -45,7 +47,7 @@ def explain_parsing(message: str, command: str, known: list[str]) -> str:
         return f"Unknown key {key!r}. {_suggest(key, known, f'All keys: {help_text}')}"
     in_class, no_class = _CLASS_PROBLEM.search(message), _NO_CLASS.search(message)
     if (in_class or not no_class) and (value := explain_value(message)):
-        return value
+        return _explain_format(value) or value
     if found := in_class:
         problem = inner_problem(message)
         option = _OPTION.search(problem)
@@ -72,6 +74,18 @@ def explain_parsing(message: str, command: str, known: list[str]) -> str:
         message.replace('Parser key "', f"{command} --", 1).replace('":', ":", 1)
         if 'Parser key "' in message
         else message
+    )
+
+
+def _explain_format(value: str) -> str | None:
+    """Return how to simulate a format that was given as a precision; ``None`` if it was none."""
+    found = _PRECISION.fullmatch(value)
+    if found is None or not is_simulated_format(found["given"]):
+        return None
+    name = found["given"]
+    return (
+        f"trainer.precision: {name} is no precision of the Trainer, but it can be simulated: --config addon:simulated "
+        f"--vars.simulated_weights {name} --vars.simulated_activations {name} --vars.simulated_gradients {name}"
     )
 
 
@@ -110,23 +124,30 @@ def is_bad_input(error: BaseException) -> bool:
 
 def root_error(error: Exception) -> Exception:
     """Return the exception of a class's constructor, out of what the parser wraps around it."""
-    while _raised_in(error).startswith(_PARSER):
-        inner = _of_the_class(error) or error.__cause__
-        if not isinstance(inner, Exception):
-            break
+    found = _of_a_class(error)
+    while found is None and isinstance(inner := error.__cause__, Exception) and _is_of_the_parser(error):
         error = inner
-    return error
+    return found or error
 
 
-def _of_the_class(error: Exception) -> Exception | None:
-    """Return the exception of a class that stands where other types may stand, too.
+def _of_a_class(error: BaseException | None) -> Exception | None:
+    """Return the first exception within this one that is not of the parser; ``None`` if there is none.
 
-    The parser tries one type after the other, and names as the cause what the first one said, which is not the class.
+    Where several types may stand the parser tries one after the other, and names as the cause what the first one said,
+    which need not be the class. In a list there are such trials within each other.
     """
+    if not isinstance(error, Exception):
+        return None
+    if not _is_of_the_parser(error):
+        return error
     frame = _raising_frame(error)
     tried = frame.f_locals.get("exceptions") if frame is not None else None
-    found = [each for each in tried if isinstance(each, Exception)] if isinstance(tried, list) else []
-    return next((each for each in found if not _raised_in(each).startswith(_PARSER)), None)
+    within = [*tried, error.__cause__] if isinstance(tried, list) else [error.__cause__]
+    return next((found for each in within if (found := _of_a_class(each)) is not None), None)
+
+
+def _is_of_the_parser(error: BaseException) -> bool:
+    return _raised_in(error).startswith(_PARSER)
 
 
 def _raised_in(error: BaseException) -> str:

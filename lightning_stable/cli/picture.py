@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
+from lightning_stable._glue.figures import new_figure
 from lightning_stable.cli.summary import LIVE, Metrics, validation_metrics
 
 __all__ = ["draw_training"]
@@ -31,11 +29,16 @@ def draw_training(metrics: Metrics, path: Path, budgets: list[int] | None = None
 
     Returns:
         Whether there was anything to draw.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing; the message says how to get it.
     """
     panels = _panels(metrics)
     if not panels:
         return False
-    figure = Figure(figsize=(9, 1.2 + 2.3 * len(panels)), dpi=150, layout="constrained")
+    figure = new_figure("The picture", (9, 1.2 + 2.3 * len(panels)))
+    from matplotlib.ticker import MaxNLocator  # not before it is known to be there
+
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     explained: set[str] = set()
     for axis, (label, columns) in zip(axes, panels, strict=True):

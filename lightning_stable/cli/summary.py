@@ -215,13 +215,13 @@ def _heading(name: str, names: list[str]) -> str:
 
 def _write_picture(metrics: Metrics, path: Path, budgets: list[int]) -> None:
     """Write the picture, or say how to get it."""
+    from lightning_stable.cli.picture import draw_training
+
     try:
-        from lightning_stable.cli.picture import draw_training
-    except ImportError:
-        sys.stdout.write("No picture: matplotlib is missing. Get it by: pip install 'lightning-stable[plots]'\n")
-        return
-    if draw_training(metrics, path, budgets=budgets):
-        sys.stdout.write(f"Picture: {short_path(path)}\n")
+        if draw_training(metrics, path, budgets=budgets):
+            sys.stdout.write(f"Picture: {short_path(path)}\n")
+    except ModuleNotFoundError as error:
+        sys.stdout.write(f"No picture: {error}\n")
 
 
 def _number(cell: str | None) -> float | None:

@@ -5,7 +5,9 @@ It needs no torch itself. What a run is, and its files: :mod:`lightning_stable.c
 """
 
 import argparse
+import contextlib
 import hashlib
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -19,15 +21,18 @@ from lightning_stable.cli._sweep_grid import (
     RECORD_NAME,
     RESULT_NAME,
     Run,
+    check_rate_key,
     command_of,
     config_paths,
     make_grid,
     parse_seeds,
+    rate_keys,
     read_json,
     run_config,
     write_json,
 )
-from lightning_stable.cli._sweep_pool import Ended, Job, run_here, run_on_ray
+from lightning_stable.cli._sweep_pool import Ended, Job, Terminated, run_here, run_on_ray, terminable
+from lightning_stable.cli._sweep_precision import class_name, left_out, trainer_parts
 from lightning_stable.cli._sweep_report import (
     all_results,
     divergence,
@@ -41,6 +46,9 @@ __all__ = ["sweep"]
 
 # Exit code of a run whose command line or config is wrong: the others would end so, too.
 _WRONG_USE = 2
+
+# Exit codes of shells for what a signal has ended.
+_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 # How the command begins what went wrong, and how much of it is repeated.
 _ERROR, _LONGEST = "lightning-stable: error: ", 300
@@ -76,7 +84,8 @@ def sweep(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         overrides: Options that every run gets besides.
 
     Returns:
-        The exit code: 0 if all runs ended, those that diverged included, 1 if others failed.
+        The exit code: 0 if all runs ended, those that diverged included, 1 if others failed, 130 or 143 if it was
+        interrupted.
 
     Raises:
         CommandError: If an option is wrong, the folder or that of a run holds another's results, or a run's command
@@ -85,19 +94,28 @@ def sweep(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     asked = _ask(options, list(overrides))
     results = {run: found for run in asked.runs if (found := _earlier_result(asked, run)) is not None}
     missing = [run for run in asked.runs if run not in results]
-    if results:
-        _say(f"{len(results)} of {len(asked.runs)} runs in {short_path(asked.folder)} have ended before.")
+    _announce(asked, len(results))
     jobs = [_prepare(asked, run) for run in missing]
-    ended = run_on_ray(jobs, options.gpus_per_run) if options.ray and jobs else run_here(jobs, options.jobs)
     failed: list[Run] = []
-    for one in ended:
-        run = missing[one.place]
-        record = _take_result(asked, run, one)
-        if record is None:
-            failed.append(run)
-        else:
-            results[run] = record
-        _tell(asked, run, one, record, len(results) + len(failed))
+    try:
+        with terminable():
+            ended = run_on_ray(jobs, options.gpus_per_run) if options.ray and jobs else run_here(jobs, options.jobs)
+            # At once, whatever comes up: whoever stops taking them ends those that are running.
+            with contextlib.closing(ended):
+                for one in ended:
+                    run = missing[one.place]
+                    record = _take_result(asked, run, one)
+                    if record is None:
+                        failed.append(run)
+                    else:
+                        results[run] = record
+                    _tell(asked, run, one, record, len(results) + len(failed))
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(
+            f"lightning-stable: interrupted; the same command goes on. {len(results)} of {len(asked.runs)} runs have "
+            "ended.\n"
+        )
+        return _TERMINATED if isinstance(stop, Terminated) else _INTERRUPTED
     _report(asked, results, failed)
     return 1 if failed else 0
 
@@ -111,6 +129,7 @@ def _ask(options: argparse.Namespace, overrides: list[str]) -> _Sweep:
         raise CommandError(f"--diverged-at {options.diverged_at}: a share is above 0. 0.25 is usual.")
     configs = config_paths(options.config)
     runs = make_grid(options.precision, options.lr, parse_seeds(options.seeds))
+    check_rate_key(options.lr_key, configs, overrides)
     folder = Path(options.out)
     texts = [Path(resolve_config(config)[0]).read_bytes() for config in configs]
     settings = {
@@ -121,7 +140,8 @@ def _ask(options: argparse.Namespace, overrides: list[str]) -> _Sweep:
         "metric": options.metric,
     }
     before = read_json(folder / "settings.json")
-    if before is not None and before != settings:
+    # What was only tried, and gave no result, is in nobody's way.
+    if before is not None and before != settings and any(folder.glob(f"runs/*/{RESULT_NAME}")):
         other = ", ".join(name for name in settings if before.get(name) != settings[name])
         raise CommandError(
             f"--out {options.out} holds a sweep that differs in: {other}. Its runs do not go with these: give another "
@@ -129,6 +149,23 @@ def _ask(options: argparse.Namespace, overrides: list[str]) -> _Sweep:
         )
     write_json(folder / "settings.json", settings)
     return _Sweep(options, configs, overrides, runs, folder)
+
+
+def _announce(asked: _Sweep, before: int) -> None:
+    """Say what will run, before the first run ends."""
+    options, runs = asked.options, asked.runs
+    parts = (("precision", {run.precision for run in runs}), ("rate", {run.lr for run in runs}))
+    counts = [*((name, len(values)) for name, values in parts), ("seed", len({run.seed for run in runs}))]
+    grid = " x ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts)
+    where = "by Ray" if options.ray else f"{min(options.jobs, len(runs))} at a time on this machine"
+    _say(f"{len(runs)} run{'s' if len(runs) > 1 else ''} ({grid}), {where}. Results: {short_path(asked.folder)}")
+    if before:
+        _say(f"{before} of {len(runs)} runs in {short_path(asked.folder)} have ended before.")
+    callbacks = trainer_parts("callbacks", asked.configs)
+    for precision in dict.fromkeys(run.precision for run in runs):
+        if without := left_out(precision, callbacks):
+            names = " and ".join(dict.fromkeys(class_name(callback) for callback in without))
+            _say(f"Runs in {precision} are without {names}: they have no simulated format.")
 
 
 def _earlier_result(asked: _Sweep, run: Run) -> dict[str, Any] | None:
@@ -168,7 +205,9 @@ def _take_result(asked: _Sweep, run: Run, ended: Ended) -> dict[str, Any] | None
     """
     folder = asked.place(run)
     if ended.code == _WRONG_USE:
-        raise CommandError(f"The run {run} cannot begin: {_last_line(folder)} Its output: {folder / LOG_NAME}")
+        said, key = _last_line(folder), asked.options.lr_key
+        hint = f" The rate is set by --lr-key {key}. {rate_keys(asked.configs)}" if _names(said, key) else ""
+        raise CommandError(f"The run {run} cannot begin: {said}{hint} Its output: {short_path(folder / LOG_NAME)}")
     record = read_json(folder / RECORD_NAME) if ended.code == 0 else None
     if record is None:
         return None
@@ -178,6 +217,11 @@ def _take_result(asked: _Sweep, run: Run, ended: Ended) -> dict[str, Any] | None
         for checkpoint in folder.rglob("*.ckpt"):
             checkpoint.unlink()
     return record
+
+
+def _names(said: str, key: str) -> bool:
+    """Tell whether an error is about a key."""
+    return any(f"'{name}'" in said for name in (key, key.rpartition(".")[2]))
 
 
 def _last_line(folder: Path) -> str:

@@ -30,6 +30,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
+from lightning_stable.cli._variables import used_variables
 from lightning_stable.cli.locate import CommandError, resolve_config
 from lightning_stable.cli.messages import explain_interpolation, explain_parsing, is_bad_input, root_error
 from lightning_stable.cli.summary import print_summary
@@ -207,7 +208,7 @@ def _refuse_unused_variables(args: list[str]) -> None:
         if name in ("-c", "--config"):
             path, _ = resolve_config(rest if equals else value)
             texts.append(Path(path).read_text(encoding="utf-8"))
-    used = set(re.findall(r"\$\{\.*(?:\w+\.)*vars\.(\w+)", "\n".join(texts)))
+    used = used_variables("\n".join(texts))
     for name in sorted(given - used):
         known = nearest(name, sorted(used)) if used else "No config refers to a variable."
         raise CommandError(f"vars.{name} is set, but nothing refers to it, so it would change nothing. {known}")

@@ -41,7 +41,7 @@ def worst_logits(logits: Tensor, targets: Tensor, epsilon: float = 1e-3) -> Tens
         Tensor of shape (..., C), float32 or wider.
 
     Raises:
-        ValueError: If the shapes do not fit, or there is only one class.
+        ValueError: If the shapes do not fit, there is only one class, or targets are no integers.
     """
     scores = _check(logits, targets)
     room = epsilon * (scores.abs() + 1)
@@ -62,7 +62,7 @@ def logit_sharpness(logits: Tensor, targets: Tensor, epsilon: float = 1e-3) -> T
         Tensor of shape (...), float32 or wider, from 0 on; not a number where a logit is not finite.
 
     Raises:
-        ValueError: If the shapes do not fit, or there is only one class.
+        ValueError: If the shapes do not fit, there is only one class, or targets are no integers.
     """
     scores = _check(logits, targets)
     own = targets.unsqueeze(-1)
@@ -98,10 +98,9 @@ def choose_positions(
         Logits of shape (M, C), targets of shape (M), 0 where there is none, and whether there is one, of shape (M).
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If the shapes do not fit, or targets are no integers.
     """
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise ValueError(f"Targets are {targets.dtype}, not whole numbers of classes.")
+    _check_classes(targets)
     if logits.ndim < 2 or targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"Targets of shape {tuple(targets.shape)} do not fit logits of shape {tuple(logits.shape)}: give a class "
@@ -121,8 +120,17 @@ def choose_positions(
     return logits.flatten(0, -2), torch.where(present, targets.flatten(), 0).long(), present
 
 
+def _check_classes(targets: Tensor) -> None:
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(
+            f"Targets are {targets.dtype}, not numbers of classes, even where each is a whole number: they may as well "
+            "be values of a regression. Give classes as integers, as by targets.long()."
+        )
+
+
 def _check(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the logits in float32 or wider."""
+    _check_classes(targets)
     if logits.ndim == 0 or logits.shape[-1] < 2:
         raise ValueError(
             f"Logits of shape {tuple(logits.shape)} have no two classes in the last dimension. Give (..., C), C > 1."

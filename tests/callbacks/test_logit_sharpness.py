@@ -374,6 +374,7 @@ def test_bad_settings_are_told_at_construction(settings: dict[str, Any], message
         ({"targets": 4}, r"LogitSharpness\(targets=4\) finds no tensor of classes in a batch, which is a list of 2"),
         ({"targets": "labels"}, r"LogitSharpness\(targets='labels'\) finds no tensor"),
         ({"targets": 0}, r"LogitSharpness, with logits of None: Targets are torch.float32"),
+        ({"targets": lambda batch: batch[1].float()}, r"Targets are torch.float32, .* even where each is a whole"),
         ({"targets": lambda batch: batch[1][:3]}, r"Targets of shape \(3,\) do not fit logits of shape \(8, 3\)"),
     ],
 )

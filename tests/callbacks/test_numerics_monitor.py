@@ -146,6 +146,28 @@ def test_it_changes_no_bit(converted: bool) -> None:
     assert monitor.record()["values"].shape == (4, 6, 4)
 
 
+def test_formats_that_are_all_none_are_warned_about_and_nothing_is_watched() -> None:
+    monitor = NumericsMonitor(every_n_steps=1, directory="numbers")
+    with pytest.warns(UserWarning, match="NumericsMonitor watches nothing in this run") as told:
+        run = fit([Converts(), monitor], max_steps=2, limit_val_batches=0)
+    assert len([warning for warning in told if "watches nothing" in str(warning.message)]) == 1
+    assert (monitor.latest, monitor.record()["steps"], monitor.state_dict()) == ({}, [], {})
+    assert not any(name.startswith("numerics") for _, entry in run.logged for name in entry)
+    assert not list(Path().iterdir())
+    # With a format to try they are layers like all others.
+    results = []
+    for callbacks in ([Converts()], []):
+        monitor = NumericsMonitor(every_n_steps=1, format="e4m3")
+        fit([*callbacks, monitor], max_steps=2, limit_val_batches=0)
+        results.append(monitor.record())
+    assert_same(*results, "converted to nothing against not converted")
+
+
+def test_without_converted_layers_it_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"finds no converted layer in Net.*SimulatedPrecision.*format='e4m3'"):
+        fit([NumericsMonitor()], max_steps=2)
+
+
 # ---------------------------------------------------------------------------------------------------- when and where to
 
 

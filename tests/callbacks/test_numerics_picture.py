@@ -70,6 +70,19 @@ def test_many_reports_share_columns_and_many_layers_are_the_worst(figures: list[
     assert any("10 more" in text.get_text() for text in figures[0].texts)
 
 
+@pytest.mark.parametrize("measure", ["underflow", "saturation", "sqnr", "absmax"])
+@pytest.mark.parametrize("layers", [1, 4, 12])
+def test_all_that_is_written_is_within_the_picture(layers: int, measure: str, figures: list[Figure]) -> None:
+    assert draw_numerics(a_record(layers), "small.png", measure)
+    (figure,) = figures
+    whole = figure.bbox
+    bar = figure.axes[-1]
+    for text in (bar.yaxis.label, *figure.texts):
+        box = text.get_window_extent()
+        assert whole.x0 <= box.x0 < box.x1 <= whole.x1, text
+        assert whole.y0 <= box.y0 < box.y1 <= whole.y1, text
+
+
 def test_nothing_to_draw() -> None:
     record = a_record()
     record["values"][:] = math.nan

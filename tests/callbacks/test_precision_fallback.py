@@ -342,6 +342,14 @@ def test_a_module_that_is_not_quantized_is_refused() -> None:
         fit([PrecisionFallback()], max_steps=2)
 
 
+def test_converted_layers_without_a_format_are_refused() -> None:
+    from lightning_stable.precision.simulated import SimulatedPrecision
+
+    precision = SimulatedPrecision(weights=None, activations=None, gradients=None)
+    with pytest.raises(ValueError, match=r"nothing to switch in Watched: its \d+ converted layers have no format"):
+        fit([PrecisionFallback(), precision], module=Watched(), max_steps=2)
+
+
 def test_patterns_that_leave_nothing_are_refused_with_the_names_there_are() -> None:
     with pytest.raises(ValueError, match=r"include=\['tail\*'\], exclude=\[\]\) leaves none of.*body\.0, head"):
         run({"include": ["tail*"]}, Watched())

@@ -31,6 +31,7 @@ class StandIn:
     def __init__(self, codes=None):
         self.codes = codes or {}
         self.seconds = 0.0
+        self.say = None
         self.jobs = []
 
     def __call__(self, job, started=None):
@@ -38,16 +39,17 @@ class StandIn:
         self.jobs.append(job)
         time.sleep(self.seconds)
         code = self.codes.get(folder.name, 0)
-        (folder / "log.txt").write_text(f"some lines\nlightning-stable: error: it broke with {code}.\n\n")
+        said = self.say or f"lightning-stable: error: it broke with {code}."
+        (folder / "log.txt").write_text(f"some lines\n{said}\n\n")
         checkpoint = folder / "logs" / "checkpoints" / "last.ckpt"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.touch()
         if code == 0:
             settings = yaml.safe_load((folder / "run.yaml").read_text())["trainer"]
-            (record,) = (c["init_args"] for c in settings["callbacks+"])
+            *_, record = (c["init_args"] for c in settings.get("callbacks+") or settings["callbacks"])
             options = dict(zip(job.command, job.command[1:], strict=False))
-            (plugin,) = settings["plugins"]
-            values = float(options["--vars.lr"]), int(options["--seed_everything"]), plugin["init_args"]["weights"]
+            (plugin,) = settings["plugins"] or [{"init_args": {"weights": settings["precision"]}}]
+            values = float(job.command[-3]), int(options["--seed_everything"]), plugin["init_args"]["weights"]
             write_json(Path(record["path"]), record_of(*values))
         return code, 0.5
 

@@ -154,7 +154,7 @@ def test_an_interrupted_quickstart_leaves_a_checkpoint_to_go_on_from(quickstart,
 
 
 def test_without_matplotlib_it_says_how_to_get_the_picture(quickstart, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lightning_stable.cli.picture", None)  # importing it now fails
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it now fails
     out = quickstart("--trainer.log_every_n_steps", "4")
     assert "lightning-stable[plots]" in out
     assert "The run's files are in" in out

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import yaml
-from sweep_fixtures import CONFIG, TWELVE
+from sweep_fixtures import CONFIG, TWELVE, StandIn
 
+from lightning_stable.cli import _sweep_pool
 from lightning_stable.cli._sweep_grid import read_json, write_json
 from lightning_stable.cli.main import main
 
@@ -18,7 +19,10 @@ def test_twelve_runs_give_a_table_a_map_and_all_results(here, stand_in, capsys):
     assert main(["sweep", *TWELVE, "--jobs", "3", "--trainer.max_steps", "7", "--vars.width=3"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    lines = out.splitlines()
+    first, *lines = out.splitlines()
+    assert first == ("12 runs (2 precisions x 3 rates x 2 seeds), 3 at a time on this machine. Results: runs/sweep"), (
+        "before the first run ends"
+    )
     assert {line.split("]")[0] for line in lines[:12]} == {f"[{place}/12" for place in range(1, 13)}
     assert any(line.endswith("e8m7 lr 0.003 seed 1: val_loss 0.6 (0 s)") for line in lines[:12])
     assert any("e8m3 lr 0.01 seed 1: diverged: val_loss is not finite at the end" in line for line in lines[:12])
@@ -85,6 +89,40 @@ def test_another_sweep_in_the_same_folder_is_refused(options, differs, stand_in,
     assert f"--out runs/sweep holds a sweep that differs in: {differs}." in capsys.readouterr().err
 
 
+def test_a_sweep_without_a_result_yet_is_in_nobodys_way(here, stand_in, capsys):
+    one = ["sweep", "--config", "mine.yaml", "--lr", "0.01", "--seeds", "1", "--precision", "e8m3"]
+    stand_in.codes = {"e8m3-lr0.01-seed0": 2}
+    assert main([*one, "--trainer.max_stepz", "9"]) == 2
+    stand_in.codes = {"e8m3-lr0.01-seed0": 1}
+    assert main([*one, "--metric", "val_acc"]) == 1
+    stand_in.codes = {}
+    assert main([*one, "--trainer.max_steps", "9"]) == 0
+    assert main([*one, "--trainer.max_steps", "8"]) == 2
+    assert "differs in: options" in capsys.readouterr().err
+
+
+def test_an_interrupted_sweep_says_how_to_go_on(here, monkeypatch, capsys):
+    class Interrupted(StandIn):
+        def __call__(self, job, started=None):
+            if len(self.jobs) == 3:
+                raise self.stop
+            return super().__call__(job, started)
+
+    for stop, code in ((KeyboardInterrupt(), 130), (_sweep_pool.Terminated(), 143)):
+        stand_in = Interrupted()
+        stand_in.stop = stop
+        monkeypatch.setattr(_sweep_pool, "run_one", stand_in)
+        assert main(["sweep", *TWELVE, "--out", str(code)]) == code
+        err = capsys.readouterr().err
+        kept = len(list((here / str(code)).glob("runs/*/result.json")))
+        assert kept <= 3
+        assert err == f"lightning-stable: interrupted; the same command goes on. {kept} of 12 runs have ended.\n"
+        assert not (here / str(code) / "table.md").exists()
+        monkeypatch.setattr(_sweep_pool, "run_one", again := StandIn())
+        assert main(["sweep", *TWELVE, "--out", str(code)]) == 0
+        assert len(again.jobs) == 12 - kept
+
+
 def test_a_config_that_was_edited_is_another_sweep(here, stand_in, capsys):
     assert main(["sweep", *TWELVE]) == 0
     (here / "mine.yaml").write_text(CONFIG + "seed_everything: 3\n")
@@ -118,6 +156,36 @@ def test_a_wrong_config_stops_the_sweep_at_once(stand_in, capsys):
     assert main(["sweep", *TWELVE]) == 2
     assert "The run e8m7 lr 0.003 seed 0 cannot begin: it broke with 2. Its output: " in capsys.readouterr().err
     assert len(stand_in.jobs) < 12
+
+
+def test_a_key_of_the_rate_that_a_run_refuses_is_told_with_those_there_are(here, stand_in, capsys):
+    stand_in.codes = {"e8m7-lr0.003-seed0": 2}
+    said = "model: the class CliModule has no option 'rate'."
+    stand_in.say = f"lightning-stable: error: {said}"
+    assert main(["sweep", *TWELVE, "--lr-key", "model.rate"]) == 2
+    err = capsys.readouterr().err
+    assert f"cannot begin: {said} The rate is set by --lr-key model.rate. In these configs there is --lr-key v" in err
+    stand_in.say = "lightning-stable: error: it has no option 'speed'."
+    assert main(["sweep", *TWELVE, "--lr-key", "model.rate"]) == 2
+    assert "The rate is set by" not in capsys.readouterr().err
+
+
+def test_the_rate_may_be_a_variable_of_an_option(here, stand_in):
+    (here / "bare.yaml").write_text("model: {class_path: cli_fixtures.CliModule}")
+    options = ["--lr", "0.1", "--seeds", "1", "--precision", "e4m3", "--model.lr", "${vars.lr}"]
+    assert main(["sweep", "--config", "bare.yaml", *options]) == 0
+
+
+def test_callbacks_that_need_a_simulated_format_are_left_out_where_there_is_none_and_that_is_said(
+    here, stand_in, capsys
+):
+    names = "NumericsMonitor", "PrecisionFallback"
+    given = [{"class_path": f"lightning_stable.callbacks.{name}"} for name in names]
+    (here / "more.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": given}}))
+    options = ["--config", "mine.yaml", "--config", "more.yaml", "--lr", "0.1", "--seeds", "1"]
+    assert main(["sweep", *options, "--precision", "e4m3", "32-true"]) == 0
+    said = "Runs in 32-true are without NumericsMonitor and PrecisionFallback: they have no simulated format.\n"
+    assert said in capsys.readouterr().out
 
 
 def test_without_matplotlib_there_is_a_table(stand_in, monkeypatch, capsys):
@@ -178,6 +246,17 @@ def test_the_result_of_another_run_is_not_taken(changed, said, here, stand_in, c
             ["--precision e9m9: give a", "32-true", "mxfp8"],
         ),
         (["--config", "mine.yaml", "--lr", "1", "--precision", "e4m3:group"], ["--precision e4m3:group: give a"]),
+        (
+            ["--config", "mine.yaml", "--lr", "1", "--precision", "mxfp4:row"],
+            ["for each of its blocks", "Write mxfp4."],
+        ),
+        (["--config", "mine.yaml", "--lr", "1", "--precision", "binary:shift:4"], ["is a mean", "channel"]),
+        (
+            ["--config", "mine.yaml", "--lr", "1", "--lr-key", "vars.rate"],
+            ["--lr-key vars.rate: no config refers to ${vars.rate}", "--lr-key vars.lr and --lr-key model.lr."],
+        ),
+        (["--config", "bare.yaml", "--lr", "1"], ["--lr-key vars.lr: no config", "as in --lr-key model.lr or"]),
+        (["--config", "broken.yaml", "--lr", "1"], ["--config broken.yaml is no YAML"]),
         (["--config", "mine.yaml", "--lr", "1", "--seeds", "0"], ["--seeds 0: one number is how many"]),
         (["--config", "mine.yaml", "--lr", "1", "--seeds", "1", "-2"], ["--seeds 1 -2: seeds are from 0 on"]),
         (["--config", "mine.yaml", "--lr", "1", "--jobs", "0"], ["--jobs 0: give a number from 1 on"]),
@@ -186,6 +265,8 @@ def test_the_result_of_another_run_is_not_taken(changed, said, here, stand_in, c
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )
 def test_wrong_use_is_one_line_and_exit_code_2(options, parts, stand_in, here, capsys):
+    (here / "bare.yaml").write_text("model: {class_path: cli_fixtures.CliModule}")
+    (here / "broken.yaml").write_text("trainer: [")
     assert main(["sweep", *options]) == 2
     err = capsys.readouterr().err
     assert err.startswith("lightning-stable: error: ")

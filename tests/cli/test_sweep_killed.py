@@ -51,7 +51,27 @@ def test_a_sweep_that_was_killed_goes_on(here):
     assert (here / "runs/sweep/heatmap.png").exists()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_runs_and_a_line_says_how_to_go_on(number, code, here):
+    patient = KILLED.replace("time.sleep(0.15)", "(pathlib.Path(sys.argv[1]) / 'begun').touch(); time.sleep(600)")
+    command = [sys.executable, "-c", patient, *TWELVE, "--jobs", "2"]
+    # A shell may have told whatever it starts behind its back to ignore Ctrl-C.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+    wait_for(lambda: len(list(here.glob("runs/sweep/runs/*/begun"))) == 2, 60)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert err == "lightning-stable: interrupted; the same command goes on. 0 of 12 runs have ended.\n"
+    assert len(list(here.glob("runs/sweep/runs/*/begun"))) == 2, "no other run was started"
+
+
 def test_real_runs_of_digits_in_this_process(here, monkeypatch, capsys):
+    config = yaml.safe_load(CONFIG)
+    config["trainer"]["callbacks"] = [{"class_path": "NumericsMonitor", "init_args": {"every_n_steps": 5}}]
+    (here / "mine.yaml").write_text(yaml.safe_dump(config))
+
     def run_them(jobs, count):
         for place, job in enumerate(jobs):
             assert job.command[1:3] == ["-m", "lightning_stable.cli.main"]
@@ -74,6 +94,8 @@ def test_real_runs_of_digits_in_this_process(here, monkeypatch, capsys):
     assert calm[0]["initial"] == pytest.approx(calm[1]["initial"], abs=0.1)
     for name in ("32-true", "e8m3"):
         assert (here / f"runs/sweep/runs/{name}-lr0.01-seed0/logs/config.yaml").is_file()
+        watched = (here / f"runs/sweep/runs/{name}-lr0.01-seed0/logs/numerics.jsonl").is_file()
+        assert watched is (name == "e8m3"), "in high precision there is nothing to watch, and no error"
 
 
 HOLDING = """

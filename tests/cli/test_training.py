@@ -223,6 +223,14 @@ def test_every_recipe_passes_a_dry_run(name, base):
     assert main(["run", name, *options, "--trainer.devices", "1", "--trainer.num_nodes", "1"]) == 0
 
 
+def test_the_low_bit_recipe_runs_without_any_format_and_warns_that_nothing_is_watched(base, tmp_path):
+    short = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.accelerator", "cpu"]
+    formats = [option for name in ("weights", "activations", "gradients") for option in (f"--vars.{name}", "null")]
+    with pytest.warns(UserWarning, match="NumericsMonitor watches nothing in this run"):
+        assert main(["run", "lowbit_digits", *short, *formats, "--trainer.enable_progress_bar", "false"]) == 0
+    assert not list(tmp_path.rglob("numerics.*"))
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
@@ -298,8 +306,13 @@ def test_wrong_options_are_exit_code_2(arguments, parts, base, tmp_path, capsys)
             ["-c", "addon:local_sgd", "--vars.local_sgd_workers", "machine"],
             "trainer.strategy: LocalSGDStrategy: workers: expected one of 'process', 'node', got machine.",
         ),
+        (
+            ["--trainer.precision", "e4m3"],
+            "trainer.precision: e4m3 is no precision of the Trainer, but it can be simulated: --config addon:simulated "
+            "--vars.simulated_weights e4m3 --vars.simulated_activations e4m3 --vars.simulated_gradients e4m3",
+        ),
     ],
-    ids=["optimizer", "list", "in a list", "texts", "plain", "choice"],
+    ids=["optimizer", "list", "in a list", "texts", "plain", "choice", "format"],
 )
 def test_a_wrong_value_is_named_with_what_is_expected(options, message, base, capsys):
     assert main(["fit", "--config", base, *options]) == 2
@@ -330,23 +343,57 @@ def test_types_are_put_into_words(message, explained):
     assert explain_value(message) == explained
 
 
+# The bad one is neither the first of its list nor of the first type that may stand there.
+PLUGINS = """
+trainer:
+  plugins:
+    - class_path: lightning.pytorch.plugins.io.TorchCheckpointIO
+    - {class_path: lightning_stable.precision.simulated.SimulatedPrecision, init_args: {rounding: up}}
+"""
+CALLBACKS = """
+trainer:
+  callbacks:
+    - class_path: cli_fixtures.CliProbe
+    - {class_path: lightning_stable.callbacks.NumericsMonitor, init_args: {format: int4, scaling: rows}}
+"""
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
         (["-c", "addon:ema", "--vars.ema_decay", "4"], "decay=4.0 is not in [0, 1)"),
         (["-c", "addon:wsd", "--vars.wsd_decay", "40"], "decay=40"),
         (["-c", "addon:wsd_s", "--vars.budgets", "[50]"], "budgets=[50]"),
+        (["-c", "addon:simulated", "--vars.simulated_weights", "e9m9"], "format='e9m9' is unknown. Choose a float"),
+        (["-c", "addon:numerics_monitor", "--vars.numerics_format", "e9m9"], "format='e9m9' is unknown"),
+        (["-c", "plugins.yaml"], "rounding='up' is unknown. Choose one of 'nearest'"),
+        (["-c", "callbacks.yaml"], "NumericsMonitor: Quantizer: scaling='rows' is unknown"),
         (["--vars.lr", "-1"], "learning rate"),
         (["--trainer.accelerator", "abacus"], "abacus"),
         (["--ckpt_path", "gone.ckpt"], "gone.ckpt"),
     ],
 )
-def test_a_bad_value_is_one_message_and_exit_code_1(options, part, base, capsys):
+def test_a_bad_value_is_one_message_and_exit_code_1(options, part, base, tmp_path, capsys):
+    (tmp_path / "plugins.yaml").write_text(PLUGINS)
+    (tmp_path / "callbacks.yaml").write_text(CALLBACKS)
     assert main(["fit", "--config", base, *options]) == 1
     err = capsys.readouterr().err
     assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.startswith("lightning-stable: error:")]
     assert part in line
+    assert "valid subclass" not in line
+
+
+def test_a_bug_in_the_constructor_of_a_plugin_within_a_list_keeps_its_traceback(base, tmp_path):
+    (tmp_path / "own_plugin_of_the_test.py").write_text(
+        "from lightning.pytorch.plugins import Precision\n"
+        "class OwnPrecision(Precision):\n"
+        "    def __init__(self, size: int = 1):\n"
+        "        raise ValueError('a bug of the user')\n"
+    )
+    (tmp_path / "plugins.yaml").write_text("trainer: {plugins: [{class_path: own_plugin_of_the_test.OwnPrecision}]}")
+    with pytest.raises(ValueError, match="a bug of the user"):
+        main(["fit", "--config", base, "--config", "plugins.yaml"])
 
 
 @pytest.mark.parametrize("by", ["option", "environment"])

@@ -1,25 +1,11 @@
 """Fixtures of the contracts: an empty working directory, and a process without a group."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+from own_process import alone  # noqa: F401  a fixture of every test here
 
 
 @pytest.fixture(autouse=True)
 def _empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """Undo what a distributed strategy does to this process: its group and its environment variables."""
-    before = dict(os.environ)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update(before)

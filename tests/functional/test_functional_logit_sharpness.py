@@ -123,7 +123,7 @@ def test_a_classifier_has_one_position() -> None:
 @pytest.mark.parametrize(
     ("logits", "targets", "settings", "message"),
     [
-        ((3, 4), torch.zeros(3), {}, r"Targets are torch.float32, not whole numbers"),
+        ((3, 4), torch.zeros(3), {}, r"Targets are torch.float32, not numbers of classes"),
         ((3, 4), torch.zeros(4, dtype=torch.long), {}, r"\(4,\) do not fit logits of shape \(3, 4\)"),
         ((3, 4, 5, 6), torch.zeros(3, 4, 5, dtype=torch.long), {}, "Take position='all'"),
     ],
@@ -131,6 +131,14 @@ def test_a_classifier_has_one_position() -> None:
 def test_what_does_not_fit_is_told(logits: Any, targets: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_positions(torch.zeros(logits), targets, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool])
+@pytest.mark.parametrize("function", [logit_sharpness, worst_logits])
+def test_whole_numbers_that_are_no_integers_are_refused(function: Any, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"Targets are {dtype}, not numbers of classes"):
+        function(torch.zeros(2, 3), torch.tensor([1, 0]).to(dtype))
+    assert function(torch.zeros(2, 3), torch.tensor([1, 0], dtype=torch.int32)).shape[0] == 2
 
 
 def test_one_class_is_refused() -> None:
