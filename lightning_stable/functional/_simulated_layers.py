@@ -7,7 +7,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_stable.functional.quantize import Quantizer, quantize_gradient, straight_through
+from lightning_stable.functional.fading_helper import Helper, helper_matrix
+from lightning_stable.functional.quantize import Quantizer, quantize, quantize_gradient, straight_through
 
 __all__ = [
     "LayerQuantization",
@@ -20,6 +21,9 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedTransposed",
 ]
+
+# Of a batch of images, however large they are, where some samples are to stand for all.
+_FEWEST_IMAGES = 8
 
 # Called with the layer's name, which operand ("weights", "activations" or "gradients"), it and what it became.
 Observer = Callable[[str, str, Tensor, Tensor], None]
@@ -39,6 +43,7 @@ class LayerQuantization:
         outlier_threshold: Input features with a value of at least this size multiply as they are; ``None``: none does.
         generator: What stochastic rounding draws from, on the layer's device; ``None`` for torch's own.
         reste_exponent: The present exponent of the estimator ``"reste"``.
+        helper: What is added to the quantized weight, which observers are not shown; ``None``: nothing.
     """
 
     name: str
@@ -50,6 +55,7 @@ class LayerQuantization:
     outlier_threshold: float | None = None
     generator: torch.Generator | None = None
     reste_exponent: float = 1.0
+    helper: Helper | None = None
 
     @property
     def quantizes(self) -> bool:
@@ -96,10 +102,48 @@ class Quantized(nn.Module):
         columns = None if outliers is None else self._columns(outliers)
         x = self._operand("activations", state.activations, exact, outliers)
         weight = self._operand("weights", state.weights, layer.weight, columns)
+        if state.helper is not None and state.weights is not None:
+            helper = helper_matrix(state.helper, weight)
+            helper = helper if columns is None else helper.masked_fill(columns, 0)
+            weight = (weight + helper).to(weight.dtype)
         if state.gradients is None:
             return self._product(x, weight, layer.bias)
         y = self._flowing_back(self._product(x, weight, None), state.gradients)
         return y if layer.bias is None else y + self._along_output(layer.bias.to(y.dtype))
+
+    @torch.no_grad()
+    def rounded(self, which: str, x: Tensor, quantizer: Quantizer | None) -> Tensor:
+        """Return an operand of the product with an input, to compare quantizers: unobserved, and without a helper.
+
+        Args:
+            which: ``"weights"`` or ``"activations"``.
+            x: The input, which outliers are of.
+            quantizer: In the place of the layer's own; ``None`` for the operand as it is.
+        """
+        outliers = self._outliers(x)
+        if which == "activations":
+            return self._rounded(which, quantizer, x, outliers)
+        columns = None if outliers is None else self._columns(outliers)
+        return self._rounded(which, quantizer, cast(Tensor, self.weight), columns)
+
+    @torch.no_grad()
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the product of two operands that :meth:`rounded` gave, without the bias."""
+        return self._product(x, weight, None)
+
+    @torch.no_grad()
+    def weight_error(self) -> Tensor:
+        """Return what rounding to the nearest takes from the weight, W - Q(W), zero where it is not quantized."""
+        weight, quantizer = cast(Tensor, self.weight).detach(), self.quantization.weights
+        if quantizer is None:
+            return torch.zeros_like(weight)
+        low = quantize(self.matrix("weights", weight, quantizer), replace(quantizer, rounding="nearest"))
+        return weight - self._shaped("weights", low, weight)
+
+    def samples(self, x: Tensor, count: int) -> Tensor:
+        """Return at most so many rows of an input, evenly out of all of it; of images about so many positions."""
+        rows = x.reshape(-1, x.shape[-1])
+        return rows[:: -(-len(rows) // count)]
 
     def matrix(self, operand: str, x: Tensor, quantizer: Quantizer) -> Tensor:
         """Return an operand as the matrix over whose rows the quantizer's scales run."""
@@ -110,7 +154,13 @@ class Quantized(nn.Module):
         return matrix.reshape(like.shape)
 
     def _operand(self, which: str, quantizer: Quantizer | None, exact: Tensor, outliers: Tensor | None) -> Tensor:
-        """Return the quantized operand, through which gradients pass."""
+        """Return the quantized operand, through which gradients pass, and show it."""
+        found = self._rounded(which, quantizer, exact, outliers)
+        if quantizer is not None and self.quantization.observers:
+            self.quantization.tell(which, exact, found)
+        return found
+
+    def _rounded(self, which: str, quantizer: Quantizer | None, exact: Tensor, outliers: Tensor | None) -> Tensor:
         if quantizer is None:
             return exact
         state = self.quantization
@@ -118,10 +168,7 @@ class Quantized(nn.Module):
         matrix = self.matrix(which, rest, quantizer)
         found = straight_through(matrix, quantizer, generator=state.generator, reste_exponent=state.reste_exponent)
         found = self._shaped(which, found, exact)
-        found = found if outliers is None else torch.where(outliers, exact, found)
-        if state.observers:
-            state.tell(which, exact, found)
-        return found
+        return found if outliers is None else torch.where(outliers, exact, found)
 
     def _flowing_back(self, product: Tensor, quantizer: Quantizer) -> Tensor:
         """Return the product, with the gradient quantized that flows back into it."""
@@ -188,6 +235,12 @@ class QuantizedConvolution(Quantized):
     """The same before a convolution."""
 
     kernel_size: tuple[int, ...]
+
+    def samples(self, x: Tensor, count: int) -> Tensor:
+        if self._feature(x) == 0:
+            return x  # an image without a batch
+        kept = max(_FEWEST_IMAGES, count // max(1, x[0, 0].numel()))
+        return x[:: -(-len(x) // kept)]
 
     def _feature(self, x: Tensor) -> int:
         return x.ndim - len(self.kernel_size) - 1

@@ -14,7 +14,7 @@ entries beyond 0.7 times the mean magnitude become plus or minus their own mean 
 times the mean magnitude (XNOR-Net, arXiv 1603.05279). ReSTE (arXiv 2308.06689) gives binary a gradient; as in the
 released code the gradient is multiplied by the scale, but unlike there none flows through the scale. A real-valued
 exponent bias and its search are LLM-FP4's (arXiv 2310.16836); there the search minimises the error of a layer's
-output, here that of the tensor, and formats whose highest codes are not numbers keep them so.
+output (:mod:`.exponent_bias`), here that of the tensor, and formats whose highest codes are not numbers keep them so.
 """
 
 import math
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_stable.functional._formats import Format, exponent_bias, parse_format, value_table
-from lightning_stable.functional._quantizer import ESTIMATORS, REACH, Quantizer
+from lightning_stable.functional._quantizer import ESTIMATORS, Quantizer
 from lightning_stable.functional._rounding import ROUNDINGS, round_saturated
 from lightning_stable.functional._scales import (
     grid_scale,
@@ -35,6 +35,7 @@ from lightning_stable.functional._scales import (
     ungroup,
 )
 from lightning_stable.functional._settings import check_count
+from lightning_stable.functional.exponent_bias import bias_candidates, bias_errors
 
 __all__ = [
     "ESTIMATORS",
@@ -153,20 +154,9 @@ def search_exponent_bias(x: Tensor, format: str, candidates: int = 100) -> float
         ValueError: If ``format`` is not a plain float format, ``candidates`` is below 1, or ``x`` not floating-point.
     """
     check_count("candidates", candidates, 1, "biases to try")
-    spec = parse_format(format)
-    if spec.kind != "float" or spec.block:
-        raise ValueError(f"format={format!r} has no exponent bias to search. Choose a float format 'eXmY'.")
-    own = float(exponent_bias(spec))
-    # In float64, where no scale leaves the range; none is farther away than a quantizer takes.
-    work = _as_work(x).double()
-    work = work[work.isfinite()]
-    top = float(work.abs().max()) if work.numel() else 0.0
-    if top == 0.0:
-        return own
-    shares = [0.01 + 1.19 * i / max(candidates - 1, 1) for i in range(candidates)]
-    scales = [min(max(share * top / spec.largest, 2.0**-REACH), 2.0**REACH) for share in shares]
-    errors = [round_saturated(work / s, spec, "nearest", None).mul_(s).sub_(work).square_().sum() for s in scales]
-    return own - math.log2(scales[int(torch.stack(errors).argmin())])
+    work = _as_work(x)
+    biases = bias_candidates(work, format, candidates)
+    return biases[int(bias_errors(work, format, biases).argmin())]
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -25,6 +25,9 @@ Columns of outliers (LLM.int8(), arXiv 2208.07339): with a threshold :math:`\tau
 the input are taken without them, those of the weight with them. The form is from memory of the paper, unverified; both
 backward products see the operands of the forward product, where bitsandbytes computes :math:`\partial_x` from
 dequantized weights.
+
+A fading low-rank helper beside a quantized weight (:mod:`.fading_helper`) is a part of :class:`LayerQuantization`; both
+backward products see the weight with it.
 """
 
 from collections.abc import Iterable
@@ -56,6 +59,7 @@ __all__ = [
     "QuantizedConv3d",
     "QuantizedLinear",
     "convert",
+    "layer_names",
     "matches",
     "quantized_kind",
     "quantized_layers",
@@ -108,10 +112,9 @@ def convert(
     include, exclude = tuple(include), tuple(exclude)
     chosen = {name: part for name, part in _filtered(root, include, exclude).items() if not _reason(part)}
     if not chosen:
-        there = [name for name, part in _filtered(root, ("*",), ()).items() if not _reason(part)]
         raise ValueError(
             f"No layer of {type(root).__name__} matches include={list(include)} and none of exclude={list(exclude)}. "
-            f"The layers that can be quantized are {_listed(there)}."
+            f"The layers that can be quantized are {_listed(list(layer_names(root)))}."
         )
     for name, part in chosen.items():
         _check_width(name, part, weights, activations, gradients)
@@ -135,6 +138,14 @@ def restore(root: nn.Module) -> None:
 def quantized_layers(root: nn.Module) -> dict[str, LayerQuantization]:
     """Return how each converted layer within a module is quantized, by the name it has there; may be empty."""
     return {name: part.quantization for name, part in root.named_modules() if isinstance(part, Quantized)}
+
+
+def layer_names(root: nn.Module) -> dict[str, list[str]]:
+    """Return the layers within a module that can be converted: by their first names, all their names."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, part in root.named_modules(remove_duplicate=False):
+        names.setdefault(part, []).append(name)
+    return {name: names[part] for name, part in _filtered(root, ("*",), ()).items() if not _reason(part)}
 
 
 def unconvertible(root: nn.Module, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What a simulated precision looks at on the first batch: whether layers quantize, and how far gradients are off."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -17,6 +17,7 @@ from lightning_stable._glue.quiet import QuietPass, own_loss
 from lightning_stable.functional._simulated_layers import Quantized
 from lightning_stable.functional.quantize import Quantizer, quantize
 from lightning_stable.functional.simulated import LayerQuantization, quantized_layers
+from lightning_stable.precision._parts import Part
 
 __all__ = [
     "Compared",
@@ -100,7 +101,7 @@ class FirstBatch(Callback):
         owner: The class that is named in messages.
         forward_context: The precision's context for a forward pass.
         compare: Compare the gradient with that in high precision.
-        before: Called with the Trainer, the module, the batch and its number before each batch.
+        parts: Told before and after each batch.
     """
 
     def __init__(
@@ -108,18 +109,19 @@ class FirstBatch(Callback):
         owner: str,
         forward_context: Callable[[], Any],
         compare: bool,
-        before: Callable[[Trainer, LightningModule, Any, int], None],
+        parts: Sequence[Part],
     ) -> None:
         self._owner = owner
         self._forward_context = forward_context
         self._compare = compare
-        self._before = before
+        self._parts = parts
         self._watch: Watch | None = None
         self._done = False
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._before(trainer, pl_module, batch, batch_idx)
+        for part in self._parts:
+            part.before_batch(trainer, pl_module, batch, batch_idx)
         if self._done:
             return
         why_not = why_not_again(pl_module)
@@ -140,6 +142,8 @@ class FirstBatch(Callback):
             self._watch.stop()
             self._watch.judge()
             self._watch = None
+        for part in self._parts:
+            part.after_batch(trainer, pl_module)
 
     def _report(self, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # What is compiled need not be compiled again for two passes.
@@ -159,10 +163,21 @@ class FirstBatch(Callback):
             )
         rank_zero_info(text)
         if not found.cosine >= LOWEST_COSINE:
+            advice = _advice(quantized_layers(pl_module))
             rank_zero_warn(
-                f"{text} Below {LOWEST_COSINE} training often suffers. Take a format with more bits, a finer scaling, "
-                "or leave sensitive layers out with exclude; first of all keep gradients as they are (gradients=None)."
+                f"{text} Below {LOWEST_COSINE} training often suffers. {advice} Also take a format with more bits, a "
+                "finer scaling, or leave sensitive layers out with exclude."
             )
+
+
+def _advice(layers: Mapping[str, LayerQuantization]) -> str:
+    """Say what to try first, of what is not so already."""
+    states = layers.values()
+    if any(state.gradients is not None for state in states):
+        return "First of all keep gradients as they are (gradients=None)."
+    if any(state.activations is not None for state in states) and any(state.weights is not None for state in states):
+        return "Gradients are as they are: try weights and activations apart, with the other one as None."
+    return "Only one operand is quantized already: it is that one."
 
 
 class Compared(NamedTuple):

@@ -14,27 +14,24 @@ Example:
 import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lightning_stable.functional._settings import check_choice, check_count, check_positive
-from lightning_stable.functional.quantize import ESTIMATORS, reste_exponent
-from lightning_stable.functional.simulated import convert, quantized_layers, restore, unconvertible
-from lightning_stable.precision._bias_search import Biases, apply_biases, search_biases
+from lightning_stable.functional.simulated import convert, restore
 from lightning_stable.precision._first_batch import FirstBatch
-from lightning_stable.precision._host import COMPUTE, host_precision, share_of_training, trainer_of
-from lightning_stable.precision._presets import PRESETS, PROJECTIONS
-from lightning_stable.precision._recipe import Recipe, build_recipe, describe
+from lightning_stable.precision._host import host_precision, refuse_sharded, trainer_of
+from lightning_stable.precision._names import layers_line, unused_patterns
+from lightning_stable.precision._parts import Part
+from lightning_stable.precision._plan import new_parts
+from lightning_stable.precision._recipe import build_recipe, check_settings, describe, with_preset
 
 __all__ = ["SimulatedPrecision"]
 
@@ -48,9 +45,10 @@ class SimulatedPrecision(Precision):
     gradients too; everything else computes in ``compute``. Layers are converted in place while the Trainer runs and
     are themselves again afterwards; names in checkpoints are those of the module, and tied weights stay tied.
 
-    At the start of a fit a line says what was converted. On the first batch the layers are checked: one that does not
-    quantize is an error, one that does not run is warned about. The cosine between the quantized and the exact gradient
-    of the converted layers is reported, with a warning below 0.9, from two further passes that leave no trace.
+    At the start of a fit a line says what was converted and what was left out; patterns that do nothing are warned
+    about. On the first batch the layers are checked: one that does not quantize is an error, one that does not run is
+    warned about. The cosine between the quantized and the exact gradient of the converted layers is reported, with a
+    warning below 0.9, from two further passes that leave no trace.
 
     Stochastic rounding draws from a generator of its own, seeded for each batch from ``seed``, the process and the
     number of batches so far. That number is in the checkpoint, and a run resumes bit by bit.
@@ -74,10 +72,22 @@ class SimulatedPrecision(Precision):
             the weight (LLM.int8()); ``None``: none does.
         passes_saturated: Whether gradients pass where a value was beyond the largest of its format.
         padding: Fill a last group or block that is too short with zeros, instead of an error.
-        search_bias: Search a real-valued exponent bias for the weights and the inputs of each layer on the first batch
-            of a fit, which stays (LLM-FP4). For float formats with ``scaling="none"``.
+        search_bias: Search a real-valued exponent bias for the weights and the inputs of each layer on the first
+            batches of a fit, which stays (LLM-FP4). For float formats with ``scaling="none"``.
+        bias_search_batches: On how many batches; the biases are those of the batches so far.
+        bias_search_metric: The least squared error of what counts: ``"output"``, the layer's product, as in the paper;
+            or ``"tensor"``, the operand itself, which takes no products.
         estimator: Gradient of ``"binary"`` weights and activations: ``"identity"`` or ``"reste"`` (ReSTE), whose
             exponent rises over training.
+        helper_rank: Rank of a low-rank helper beside each quantized weight, which makes up for the largest part of what
+            rounding takes and fades over training until it is gone (QVGen); ``None``: none.
+        helper_phase_steps: Optimizer steps after which the helper's rank is halved; ``None`` divides the fit evenly.
+        teacher_modules: Patterns of the dotted names of modules whose outputs are at first a teacher's, the same module
+            without quantization (Teacher Intervention). Of modules within each other the outermost counts.
+        teacher_steps: For how many optimizer steps.
+        teacher_weights: The teacher's weights: ``"start"``, those the fit begins with, or ``"present"``.
+        teacher_gradients: ``"through"`` trains a module as if its output had not been replaced; ``"stop"`` lets no
+            gradient pass to it, as in the released code, where losses of its own train it.
         include: Patterns of the dotted names of layers, as in ``"*.mlp.*"``; one of them has to match. Case counts.
         exclude: Patterns none of which may match.
         preset: ``"stable_spam_int4"`` for the 4-bit set-up of Stable-SPAM: it settles formats, scales and outliers, and
@@ -88,8 +98,9 @@ class SimulatedPrecision(Precision):
         seed: Of stochastic rounding.
 
     Raises:
-        ValueError: If a setting is unknown or has no meaning with another one; at the start of a run if no layer
-            matches, or a group does not divide a width and ``padding`` is false, or the strategy shards weights.
+        ValueError: If a setting is unknown or has no meaning with another one; at the start of a run if no layer or
+            module matches, or a group does not divide a width and ``padding`` is false, or the strategy shards weights,
+            or a teacher or a search has no pass of its own; in training if a teacher's pass is not like the module's.
     """
 
     def __init__(
@@ -111,7 +122,15 @@ class SimulatedPrecision(Precision):
         passes_saturated: bool = True,
         padding: bool = True,
         search_bias: bool = False,
+        bias_search_batches: int = 2,
+        bias_search_metric: str = "output",
         estimator: str = "identity",
+        helper_rank: int | None = None,
+        helper_phase_steps: int | None = None,
+        teacher_modules: Sequence[str] = (),
+        teacher_steps: int | None = None,
+        teacher_weights: str = "start",
+        teacher_gradients: str = "through",
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = ("*head*", "*norm*"),
         preset: str | None = None,
@@ -120,21 +139,14 @@ class SimulatedPrecision(Precision):
         seed: int = 0,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self.settings = _settled(given)
-        check_choice("compute", compute, COMPUTE)
-        check_choice("estimator", estimator, ESTIMATORS)
-        check_count("keep_outliers", keep_outliers, 0, "activations")
-        check_count("seed", seed, 0, "seeds")
-        self.recipe = build_recipe(type(self).__name__, self.settings)
-        if outlier_threshold is not None:
-            check_positive("outlier_threshold", outlier_threshold, "the smallest magnitude of an outlier")
-            if self.recipe.activations is None:
-                raise ValueError(
-                    f"outlier_threshold={outlier_threshold!r} of {type(self).__name__} keeps features of the "
-                    "activations exact, and with activations=None all are. Give activations a format, as in 'int8'."
-                )
-        if search_bias:
-            _check_searched(type(self).__name__, self.recipe)
+        owner, defaults = type(self).__name__, _defaults()
+        self.settings = with_preset(given, defaults)
+        self.recipe = build_recipe(owner, self.settings)
+        check_settings(owner, self.settings, self.recipe)
+        # The preset's names are those of many models, and nobody's own.
+        self._own = [
+            [] if list(given[name]) == list(defaults[name]) else list(given[name]) for name in ("include", "exclude")
+        ]
         self.precision = cast(Any, compute)
         # What the host itself would take for the rest of the module.
         self._rest = host_precision(compute)
@@ -146,7 +158,7 @@ class SimulatedPrecision(Precision):
         self._rank = 0
         self._batches = 0  # that were trained on
         self._evaluated = 0  # since then
-        self._biases: Biases = {}
+        self._parts = self._new_parts()
 
     # ------------------------------------------------------------------ hooks, in the host's order
 
@@ -167,7 +179,7 @@ class SimulatedPrecision(Precision):
         self.teardown()
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
         if trainer is not None:
-            _refuse_sharded(self, trainer)
+            refuse_sharded(type(self).__name__, trainer)
             device, self._rank = trainer.strategy.root_device, trainer.global_rank
         if isinstance(self._rest, MixedPrecision):
             self._rest.device = device.type
@@ -175,7 +187,7 @@ class SimulatedPrecision(Precision):
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             self._convert(module)
             return module
-        self._batches, self._biases = 0, {}
+        self._batches, self._parts = 0, self._new_parts()
         self._begin_fit(trainer, module, self._convert(module))
         return module
 
@@ -192,7 +204,9 @@ class SimulatedPrecision(Precision):
     def train_step_context(self) -> Iterator[None]:
         self._batches, self._evaluated = self._batches + 1, 0
         self._seed()
-        with self.forward_context():
+        with self.forward_context(), ExitStack() as contexts:
+            for part in self._parts:
+                contexts.enter_context(part.step_context())
             yield
 
     @override
@@ -215,6 +229,8 @@ class SimulatedPrecision(Precision):
 
     @override
     def teardown(self) -> None:
+        for part in self._parts:
+            part.stop()
         if self._converted is not None:
             restore(self._converted)
         if self._trainer is not None:
@@ -228,14 +244,17 @@ class SimulatedPrecision(Precision):
     @override
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"batches": self._batches} if self.recipe.is_random else {}
-        return {**state, "biases": self._biases} if self.settings["search_bias"] else state
+        for part in self._parts:
+            state |= part.state_dict()
+        return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._batches = int(state_dict.get("batches", 0))
-        self._biases = dict(state_dict.get("biases", {}))
-        if self._converted is not None:
-            apply_biases(self._converted, self._biases)
+        for part in self._parts:
+            part.load_state_dict(state_dict)
+            if self._converted is not None:
+                part.apply(self._converted)
 
     def __str__(self) -> str:
         # What the host says of a precision that it cannot take.
@@ -245,6 +264,9 @@ class SimulatedPrecision(Precision):
         )
 
     # ------------------------------------------------------------------ helpers
+
+    def _new_parts(self) -> list[Part]:
+        return new_parts(type(self).__name__, self.settings, self.forward_context)
 
     def _convert(self, module: nn.Module) -> list[str]:
         try:
@@ -259,7 +281,8 @@ class SimulatedPrecision(Precision):
         except ValueError as error:
             raise ValueError(f"{type(self).__name__}: {error}") from error
         self._converted = module
-        apply_biases(module, self._biases)
+        for part in self._parts:
+            part.apply(module)
         if any(isinstance(part, nn.TransformerEncoderLayer) for part in module.modules()):
             # In evaluation it would multiply by the weights of its linear layers itself.
             self._fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -267,40 +290,23 @@ class SimulatedPrecision(Precision):
         return names
 
     def _begin_fit(self, trainer: Trainer, module: nn.Module, names: list[str]) -> None:
-        rank_zero_info(f"{type(self).__name__}: {self._summary(module, names)}")
+        owner, include, exclude = type(self).__name__, self.settings["include"], self.settings["exclude"]
+        operands = "; ".join(f"{operand} {describe(found)}" for operand, found in self.recipe._asdict().items())
+        rank_zero_info(
+            f"{owner}: {len(names)} layers converted ({operands}); the rest computes in {self.precision}. "
+            f"{layers_line(module, names, include, exclude)}"
+        )
+        for warning in unused_patterns(module, names, *self._own):
+            rank_zero_warn(f"{owner}: {warning}")
         if all(quantizer is None for quantizer in self.recipe):
             return
+        for part in self._parts:
+            part.begin(cast(LightningModule, module))
         compare = bool(self.settings["check_gradients"])
-        self._first_batch = FirstBatch(type(self).__name__, self.forward_context, compare, self._before_batch)
+        self._first_batch = FirstBatch(owner, self.forward_context, compare, self._parts)
         self._trainer = trainer
         host = cast(Any, trainer)
         host.callbacks = [self._first_batch, *host.callbacks]
-
-    def _summary(self, module: nn.Module, names: list[str]) -> str:
-        operands = "; ".join(f"{operand} {describe(found)}" for operand, found in self.recipe._asdict().items())
-        text = f"{len(names)} layers converted ({operands}); the rest computes in {self.precision}."
-        left = unconvertible(module, self.settings["include"], self.settings["exclude"])
-        reasons = ", ".join(f"{name!r} ({reason})" for name, reason in left.items())
-        return f"{text} Not quantized: {reasons}." if left else text
-
-    def _before_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Search what is searched on the first batch, and tell the layers how far training is."""
-        if self.settings["search_bias"] and not self._biases:
-            found = search_biases(type(self).__name__, pl_module, self.forward_context, batch, batch_idx)
-            # Each process has seen another batch.
-            self._biases = trainer.strategy.broadcast(found)
-            apply_biases(pl_module, self._biases)
-        if self.settings["estimator"] != "reste":
-            return
-        done = share_of_training(trainer)
-        if done is None:
-            raise ValueError(
-                f"estimator='reste' of {type(self).__name__} follows the share of training that is done, and its end "
-                "is not known. Set max_steps, or max_epochs with a loader that has a length."
-            )
-        exponent = reste_exponent(done)
-        for state in quantized_layers(pl_module).values():
-            state.reste_exponent = exponent
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -316,46 +322,5 @@ class SimulatedPrecision(Precision):
             self._generator.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big"))
 
 
-def _settled(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with those of the preset in their places.
-
-    Raises:
-        ValueError: If the preset is unknown or contradicted, or patterns are no list.
-    """
-    for name in ("include", "exclude"):
-        if isinstance(given[name], str):
-            raise ValueError(f"{name}={given[name]!r} is one string. Give a list of patterns, as [{given[name]!r}].")  # noqa: TRY004
-        given[name] = list(given[name])
-    preset = given["preset"]
-    if preset is None:
-        return given
-    check_choice("preset", preset, tuple(PRESETS))
-    defaults = {name: each.default for name, each in inspect.signature(SimulatedPrecision).parameters.items()}
-    for name, value in PRESETS[preset].items():
-        if given[name] not in (defaults[name], value):
-            raise ValueError(
-                f"preset={preset!r} sets {name}={value!r}, and {name}={given[name]!r} was given. Leave out one of them."
-            )
-    names = {"include": list(PROJECTIONS)} if given["include"] == list(defaults["include"]) else {}
-    return {**given, **PRESETS[preset], **names}
-
-
-def _check_searched(owner: str, recipe: Recipe) -> None:
-    """Raise ``ValueError`` if there is no operand with an exponent bias to search."""
-    operands = [quantizer for quantizer in (recipe.weights, recipe.activations) if quantizer is not None]
-    for quantizer in operands:
-        try:
-            replace(quantizer, exponent_bias=0.0)
-        except ValueError as error:
-            raise ValueError(f"search_bias of {owner} is for float formats with scaling='none'. ({error})") from error
-    if not operands:
-        raise ValueError(f"search_bias of {owner} has nothing to search with weights=None and activations=None.")
-
-
-def _refuse_sharded(precision: SimulatedPrecision, trainer: Trainer) -> None:
-    """Raise ``ValueError`` if the strategy needs a precision of its own, or shards the weights."""
-    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-        raise ValueError(  # noqa: TRY004  a setting that does not fit, not a wrong type
-            f"{type(precision).__name__} does not work with {type(trainer.strategy).__name__}, under which a layer "
-            "holds a part of its weight. Use a single device or strategy='ddp'."
-        )
+def _defaults() -> dict[str, Any]:
+    return {name: each.default for name, each in inspect.signature(SimulatedPrecision).parameters.items()}
