@@ -6,14 +6,18 @@ broadcasts too. Between two exchanges nothing may tie workers together, so both 
 and the signal is passed on with the exchanges.
 """
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_stable.strategies._flat import FlatBuffers
+from lightning_stable.strategies._progress import Progress
 from lightning_stable.strategies._workers import Exchange, Workers
 
 __all__ = ["AtTrainEnd", "UntiedWorkers", "callbacks_of"]
@@ -52,6 +56,7 @@ class UntiedWorkers:
         self._loop: Any = trainer.fit_loop.epoch_loop
         self._connector: Any = trainer._signal_connector
         self._launcher: Any = trainer.strategy.launcher
+        self._leads_its_machine = trainer.local_rank == 0
         self._loop.__dict__["_broadcast_sigterm_tensor"] = _nothing
         self._connector.__dict__["_sigterm_notifier_fn"] = self._notice
 
@@ -80,6 +85,33 @@ class UntiedWorkers:
             self.heard = True
             self._connector.received_sigterm = True
 
+    def explain_the_end(self, exception: BaseException, progress: Progress) -> None:
+        """Say what a run leaves that SIGTERM has ended, and give its process the exit code that shells expect of it.
+
+        The host's own exception ends a process with code 0, as if training were over.
+
+        Args:
+            exception: What ends the fit; nothing is said of any other than the host's for SIGTERM.
+            progress: Where the run stands.
+        """
+        if not isinstance(exception, SIGTERMException) or not self.heard:
+            return
+        # Not the processes that the host may have started beside this one: it would kill this one for their code.
+        if self._leads_its_machine and exception.code is None:
+            exception.code = 128 + signal.SIGTERM
+        place, saved_at = progress.saved or (None, None)
+        left = f"The checkpoint of this step is {place}."
+        if saved_at != progress.steps:
+            last = "nothing was saved before" if place is None else f"the last one is {place}, of step {saved_at}"
+            left = (
+                f"No checkpoint of this step was saved, and {last}. ModelCheckpoint(save_on_exception=True) or "
+                "OnExceptionCheckpoint saves one on the way out."
+            )
+        rank_zero_warn(
+            f"{self._workers.owner}: SIGTERM ended training after step {progress.steps}, on all ranks, with the mean "
+            f"of their weights. {left}"
+        )
+
     def restore(self) -> None:
         """Give the host back what was set aside."""
         self._loop.__dict__.pop("_broadcast_sigterm_tensor", None)
@@ -89,6 +121,8 @@ class UntiedWorkers:
         # As the host does: processes that this one launched are told too.
         if not self._received and self._launcher is not None:
             self._launcher.kill(signum)
+        if not self._received:
+            rank_zero_info(f"{self._workers.owner}: sent SIGTERM. All ranks end together, at the next exchange or two.")
         self._received = True
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer, WeightAveraging
 from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -28,7 +28,6 @@ __all__ = [
     "check_unfrozen",
     "trained_names",
     "trained_parameters",
-    "warn_of_warmup",
 ]
 
 # By name, since importing torch's distributed optimizers warns. LBFGS keeps a history that has no mean.
@@ -152,16 +151,6 @@ def check_unfrozen(owner: str, trained: set[str], module: nn.Module) -> None:
         raise ValueError(
             f"{owner} exchanges the parameters that had requires_grad when training began, but {sorted(changed)[0]!r} "
             "changed it since. Freeze and unfreeze between fits."
-        )
-
-
-def warn_of_warmup(owner: str, warmup_steps: int, trainer: Trainer) -> None:
-    """Warn if no round can begin before the run ends."""
-    total = trainer.estimated_stepping_batches
-    if 0 < total <= warmup_steps:
-        rank_zero_warn(
-            f"{owner}: all of the run's {total:g} steps are synchronous, since the warm-up has {warmup_steps}. Lower "
-            "warmup_steps, or train longer."
         )
 
 

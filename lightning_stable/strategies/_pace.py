@@ -3,9 +3,11 @@
 import time
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_stable.functional.local_update import steps_that_hide
+from lightning_stable.strategies._expectations import warn_of_checkpoints
 from lightning_stable.strategies._flat import FlatBuffers
 from lightning_stable.strategies._workers import Workers
 
@@ -44,7 +46,7 @@ class Pace:
         """Note that a step has ended."""
         self._steps.append(_now() - self._begun)
 
-    def choose(self, workers: Workers) -> int:
+    def choose(self, workers: Workers, trainer: Trainer) -> int:
         """Return and tell the fewest steps that hide an exchange, with a margin, the same on every rank."""
         timed = sorted(self._steps[_IGNORED_STEPS:])
         # The largest of the negative is the shortest step: where workers differ, the fastest has the least to hide in.
@@ -54,6 +56,7 @@ class Pace:
             f"{workers.owner}: an exchange takes {1e3 * transfer:.1f} ms and a step {-1e3 * step:.1f} ms, so a round "
             f"has {steps} local steps."
         )
+        warn_of_checkpoints(workers.owner, steps, trainer)
         return steps
 
 

@@ -19,6 +19,7 @@ class Progress:
         warming_up: Steps are synchronous, and no round has begun.
         moved: A step was made since all workers were at one place.
         cut_rounds: Rounds that a checkpoint ended before their time.
+        saved: The last checkpoint of this fit, and after how many steps it was saved.
     """
 
     def __init__(self, local_steps: int | Sequence[Sequence[int]] | str, warmup_steps: int) -> None:
@@ -29,6 +30,7 @@ class Progress:
         self.warming_up = warmup_steps > 0
         self.moved = False
         self.cut_rounds = 0
+        self.saved: tuple[Any, int] | None = None
         self._local_steps = local_steps
         self._begun_at = 0
         self._made: dict[int, int] = {}

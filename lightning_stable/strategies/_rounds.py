@@ -11,6 +11,9 @@ from lightning_stable.strategies._workers import Exchange, Workers
 
 __all__ = ["OuterUpdate", "Rounds"]
 
+# How long an exchange under way is awaited after a failure, before it is left behind.
+_SECONDS_TO_DRAIN = 2.0
+
 
 class OuterUpdate(Protocol):
     """The step that a method takes on the anchor with the workers' mean movement."""
@@ -117,10 +120,10 @@ class Rounds:
         # Half-precision weights are the anchor rounded: both have to be what a checkpoint of the weights says.
         self.restart()
 
-    def abandon(self, seconds: float) -> None:
+    def abandon(self) -> None:
         """Forget an exchange under way, after a failure."""
         if self._under_way is not None:
-            self._under_way.abandon(seconds)
+            self._under_way.abandon(_SECONDS_TO_DRAIN)
             self._under_way = None
 
     def _movement(self) -> list[Tensor]:

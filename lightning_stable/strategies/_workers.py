@@ -4,7 +4,6 @@ A worker makes steps of its own between two exchanges. It is one process, or one
 gradients at each step and then each exchange a slice of the weights with their like on the other nodes.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -13,14 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch exports it without saying so
 
 from lightning_stable.strategies._flat import FlatBuffers
+from lightning_stable.strategies._roll_call import GRACE_SECONDS, RollCall
 
 __all__ = ["Exchange", "LostWorkerError", "Workers", "node_size"]
 
-# After a collective has failed, how long the ranks that are left have to say that they are there.
-_GRACE_SECONDS = 5.0
 # How many numbers are averaged with one flat copy, where there is no buffer for all.
 _NUMBERS_AT_ONCE = 2**24
 
@@ -77,8 +74,8 @@ class Workers:
         self.count = self.world_size // worker_size
         self.position = "the start of training"
         self.finished_rounds = 0
-        self._grace = min(_GRACE_SECONDS, timeout.total_seconds() / 4)
-        limit = timedelta(seconds=timeout.total_seconds() - self._grace)
+        grace = min(GRACE_SECONDS, timeout.total_seconds() / 4)
+        limit = timedelta(seconds=timeout.total_seconds() - grace)
         self._groups: list[Any] = []
         worker, place = divmod(self.rank, worker_size)
         everyone = range(self.world_size)
@@ -89,7 +86,7 @@ class Workers:
         self._world_group = self._outer_group if worker_size == 1 else self._new_group(everyone, limit)
         inner = [self._new_group(everyone[i * worker_size : (i + 1) * worker_size], limit) for i in range(self.count)]
         self.node_group = inner[worker] if worker_size > 1 else None
-        self._register = self._open_register(host)
+        self._roll_call = RollCall(host, grace)
 
     def launch(self, buffers: FlatBuffers) -> Exchange:
         """Begin to replace the buffers' values by their mean over the workers.
@@ -176,7 +173,7 @@ class Workers:
             with suppress(RuntimeError, ValueError):
                 dist.destroy_process_group(group)
         self._groups = []
-        del self._register
+        del self._roll_call
 
     def _new_group(self, ranks: Sequence[int], limit: timedelta) -> Any:
         group = dist.new_group(list(ranks), timeout=limit)
@@ -187,27 +184,13 @@ class Workers:
     def _slice(self, flat: Tensor) -> Tensor:
         return flat if self.slices == 1 else flat.chunk(self.slices)[self._place]
 
-    def _open_register(self, host: str) -> Any:
-        """Open what outlives a broken group: a store on rank 0, in which ranks say where they are."""
-        port = [0]
-        limit = timedelta(seconds=max(self._grace, 1.0))
-        if self.rank == 0:
-            store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
-            port = [store.port]
-        dist.broadcast_object_list(port, 0)
-        return store if self.rank == 0 else TCPStore(host, port[0], is_master=False, timeout=limit)
-
     def _explain(self, error: RuntimeError) -> str | None:
         """Say who is missing; ``None`` if nobody is, so that the error has another cause."""
-        there = self._who_is_there()
-        missing = [rank for rank in range(self.world_size) if rank not in there]
-        if missing:
-            ranks = ", ".join(map(str, missing))
-            found = f"rank {ranks} did not come" if len(missing) == 1 else f"ranks {ranks} did not come"
-            cure = "It died, stalled or lost its link: its own output says more."
-        elif len(set(there.values())) == 1:
-            return None
-        else:
+        there, found = self._roll_call.take(self.position)
+        cure = "It died, stalled or lost its link: its own output says more."
+        if not found:
+            if len(set(there.values())) == 1:
+                return None
             where = "; ".join(f"rank {rank} at {position}" for rank, position in there.items())
             found = f"every rank is there, but not at the same place: {where}"
             cure = "Usually ranks had different numbers of batches: give each the same number."
@@ -216,28 +199,6 @@ class Workers:
             f"The last finished round is {self.finished_rounds}. {cure} "
             f"Start again from the last checkpoint. ({str(error).splitlines()[0]})"
         )
-
-    def _who_is_there(self) -> dict[int, str]:
-        """Say that this rank is there, wait a while for the others, and return who is, and at what."""
-        ranks = range(self.world_size)
-        try:
-            self._register.set(str(self.rank), self.position)
-            self._wait_for([str(rank) for rank in ranks])
-            there = [rank for rank in ranks if self._register.check([str(rank)])]
-            found = {rank: self._register.get(str(rank)).decode() for rank in there}
-            self._register.set(f"read by {self.rank}", "")
-            if self.rank == 0:
-                # The register goes with this rank, and the others have to read it too.
-                self._wait_for([f"read by {rank}" for rank in there])
-        except RuntimeError:
-            # The register went with rank 0.
-            return {rank: self.position for rank in ranks if rank != 0}
-        return found
-
-    def _wait_for(self, keys: list[str]) -> None:
-        end = time.monotonic() + self._grace
-        while not self._register.check(keys) and time.monotonic() < end:
-            time.sleep(0.05)
 
 
 def _parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

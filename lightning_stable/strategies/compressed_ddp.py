@@ -33,6 +33,7 @@ from lightning_stable.functional._settings import check_choice, check_count
 from lightning_stable.functional.compression import ERRORS
 from lightning_stable.strategies._ddp_settings import check_ddp_settings
 from lightning_stable.strategies._rank_state import gather_rank_states, own_rank_state
+from lightning_stable.strategies._roll_call import RollCall, name_the_missing, open_roll_call
 from lightning_stable.strategies.hooks import compress_gradients
 from lightning_stable.strategies.hooks._base import CompressionHook
 
@@ -91,6 +92,7 @@ class CompressedDDPStrategy(DDPStrategy):
         check_count("warmup_steps", warmup_steps, 0, "steps")
         self.warmup_steps = warmup_steps
         self._hook: CompressionHook | None = None
+        self._roll_call: RollCall | None = None
         self._loaded: dict[str, Any] | None = None
 
     @property
@@ -141,6 +143,7 @@ class CompressedDDPStrategy(DDPStrategy):
             rank=self.rank or 1,
             warmup_steps=self.warmup_steps,
         )
+        self._roll_call = open_roll_call(self)
         rank_zero_info(f"CompressedDDPStrategy: {self.world_size} processes, {self._words()}.")
         if loaded is not None:
             self._resume(self._hook, loaded)
@@ -167,8 +170,13 @@ class CompressedDDPStrategy(DDPStrategy):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        name_the_missing(type(self).__name__, self._roll_call, exception)
+
+    @override
     def teardown(self) -> None:
-        self._loaded = None
+        self._loaded = self._roll_call = None
         if self._hook is not None:
             self._hook.rest()  # kept, for a checkpoint after the fit
         super().teardown()

@@ -36,6 +36,7 @@ from typing_extensions import override
 from lightning_stable.strategies import _consolidation
 from lightning_stable.strategies._agreement import agree_on_model
 from lightning_stable.strategies._batch_norm import reestimate_batch_norm
+from lightning_stable.strategies._expectations import warn_of_plan
 from lightning_stable.strategies._gradients import average_gradients
 from lightning_stable.strategies._host import AtTrainEnd, UntiedWorkers, callbacks_of
 from lightning_stable.strategies._local_update_checks import (
@@ -48,7 +49,6 @@ from lightning_stable.strategies._local_update_checks import (
     check_unfrozen,
     trained_names,
     trained_parameters,
-    warn_of_warmup,
 )
 from lightning_stable.strategies._mean_weights import MeanWeights
 from lightning_stable.strategies._outer_state import outer_state_dict, restore
@@ -60,8 +60,6 @@ from lightning_stable.strategies._workers import Workers, node_size
 
 __all__ = ["LocalUpdateStrategy"]
 
-# How long an exchange under way is awaited after a failure, before it is left behind.
-_SECONDS_TO_DRAIN = 2.0
 _CHECKPOINT = "a checkpoint"
 
 
@@ -192,15 +190,10 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
         self._start_anew()
         if self._groups is None:
             return
-        parameters = trained_parameters(self._module)
-        self._trained = trained_names(self._module)
+        parameters, self._trained = trained_parameters(self._module), trained_names(self._module)
+        keep_own = self.variant == "corrected"
         self._rounds = Rounds(
-            parameters,
-            self,
-            self._groups,
-            delayed=self.delayed,
-            keep_own=self.variant == "corrected",
-            message_dtype=self._message_dtype,
+            parameters, self, self._groups, delayed=self.delayed, keep_own=keep_own, message_dtype=self._message_dtype
         )
         loaded, self._loaded = self._loaded, None
         restore(loaded, self._progress, self._rounds, type(self).__name__)
@@ -208,7 +201,7 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
         if self.local_steps == "auto" and self._progress.chosen_steps == 0:
             self._progress.extend_warmup(MEASURED_STEPS)
             self._pace = Pace(parameters, self._groups, self._message_dtype)
-        warn_of_warmup(type(self).__name__, self._progress.warmup_steps, self._trainer)
+        warn_of_plan(type(self).__name__, self.local_steps, self._progress.warmup_steps, self._trainer)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -252,11 +245,11 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        state = self._own_state()
         # What only holds weights is not gone on from.
-        if state and "optimizer_states" in checkpoint:
+        if "optimizer_states" in checkpoint and (state := self._own_state()):
             checkpoint[type(self).__name__] = state
         super().save_checkpoint(checkpoint, filepath, storage_options)
+        self._progress.saved = filepath, self._progress.steps
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -276,7 +269,9 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
         super().on_exception(exception)
         self._mean_weights.put_back()
         if self._rounds is not None:
-            self._rounds.abandon(_SECONDS_TO_DRAIN)
+            self._rounds.abandon()
+        if self._finisher is not None:
+            self._untied.explain_the_end(exception, self._progress)
         self._release()
 
     @override
@@ -286,6 +281,11 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
         super().teardown()
 
     # ------------------------------------------------------------------------------------------- rounds
+
+    @property
+    def finished_rounds(self) -> int:
+        """How many rounds of the fit have ended with an exchange."""
+        return self._progress.finished_rounds
 
     def finish(self) -> None:
         """Bring all workers to one place, for good: the last step has been made."""
@@ -311,7 +311,7 @@ class LocalUpdateStrategy(DDPStrategy, ABC):
             return
         if self._progress.warmup_is_over:
             if self._pace is not None:
-                self._progress.chosen_steps = self._pace.choose(self._groups)
+                self._progress.chosen_steps = self._pace.choose(self._groups, self._trainer)
                 self._pace = None
             self._progress.begin_round()
             self._rounds.restart()

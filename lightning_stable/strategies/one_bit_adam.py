@@ -39,6 +39,7 @@ from lightning_stable.strategies._ddp_settings import check_ddp_settings
 from lightning_stable.strategies._host import callbacks_of
 from lightning_stable.strategies._one_bit_checks import check_adam, check_freeze_step, check_precision
 from lightning_stable.strategies._rank_state import gather_rank_states, own_rank_state
+from lightning_stable.strategies._roll_call import RollCall, name_the_missing, open_roll_call
 
 __all__ = ["OneBitAdamStrategy"]
 
@@ -82,6 +83,7 @@ class OneBitAdamStrategy(DDPStrategy):
         self._loaded: dict[str, Any] | None = None
         self._buffers_due = False
         self._in_training = False
+        self._roll_call: RollCall | None = None
         self._warmup_bytes = 0
 
     @property
@@ -114,6 +116,7 @@ class OneBitAdamStrategy(DDPStrategy):
         check_precision(type(self).__name__, self.precision_plugin)
         super().setup(trainer)
         check_adam(type(self).__name__, self.optimizers)
+        self._roll_call = open_roll_call(self)
         if self.world_size == 1:
             rank_zero_info(f"{type(self).__name__}: there is only one process, so it adds nothing to plain Adam.")
 
@@ -193,11 +196,16 @@ class OneBitAdamStrategy(DDPStrategy):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        name_the_missing(type(self).__name__, self._roll_call, exception)
+
+    @override
     def teardown(self) -> None:
         # Kept, for a checkpoint after the fit.
         for frozen in self._frozen.values():
             frozen.to_cpu()
-        self._loaded, self._buffers_due, self._in_training = None, False, False
+        self._loaded, self._buffers_due, self._in_training, self._roll_call = None, False, False, None
         super().teardown()
 
     # ------------------------------------------------------------------ the freeze

@@ -3,19 +3,13 @@
 Each process stands where torchrun would have put it, so a Trainer in it takes it for a rank and starts none itself.
 """
 
-import importlib
-import io
-import os
-import socket
 import time
-import traceback
 from collections.abc import Sequence
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import torch
+from contract.serving import Place, free_port, launch, received
 
 __all__ = ["Answer", "Group"]
 
@@ -130,34 +124,19 @@ class Group:
         self._processes, self._pipes = [], []
 
     def _receive(self, pipe: Connection) -> Answer:
-        try:
-            outcome, content = pipe.recv()
-        except (EOFError, ConnectionError):
-            return Answer("died", None, self._elapsed())
-        if outcome == "done":
-            content = torch.load(io.BytesIO(content), weights_only=False)
-        return Answer(outcome, content, self._elapsed())
+        outcome, value = received(pipe)
+        return Answer("failed" if outcome == "asserted" else outcome, value, self._elapsed())
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._began
 
     def _launch(self) -> None:
-        context = get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            place = _place(rank, self.size, self.nodes, port)
-            process = context.Process(target=_serve, args=(theirs, place), daemon=True)
-            process.start()
-            # Closed here, so that the end of the process closes the pipe.
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
+        port = free_port()
+        started = launch([_place(rank, self.size, self.nodes, port) for rank in range(self.size)])
+        self._processes, self._pipes = [process for process, _ in started], [pipe for _, pipe in started]
 
 
-def _place(rank: int, size: int, nodes: int, port: int) -> dict[str, str]:
+def _place(rank: int, size: int, nodes: int, port: str) -> Place:
     """Return what torchrun would set in the environment of one process."""
     on_a_node = size // nodes
     return {
@@ -168,25 +147,7 @@ def _place(rank: int, size: int, nodes: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(on_a_node),
         "GROUP_WORLD_SIZE": str(nodes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": port,
         "TORCHELASTIC_RUN_ID": "tests",
         "OMP_NUM_THREADS": "1",
     }
-
-
-def _serve(pipe: Connection, place: dict[str, str]) -> None:
-    """Answer jobs until the pipe closes."""
-    os.environ |= place
-    torch.set_num_threads(1)
-    while True:
-        try:
-            job, arguments = pipe.recv()
-        except EOFError:
-            return
-        try:
-            module, _, name = job.partition(":")
-            content = io.BytesIO()
-            torch.save(getattr(importlib.import_module(module), name)(**arguments), content)
-            pipe.send(("done", content.getvalue()))
-        except BaseException:
-            pipe.send(("failed", traceback.format_exc()))

@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from contract.harness import fit
 from contract.modules import Net, TwoOptimizerNet
 from contract.streams import FEATURES, Stream
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from strategies.local_update_jobs import Said
 from torch import Tensor, nn
 
 from lightning_stable.strategies import CO2Strategy, LocalSGDStrategy
@@ -47,19 +49,50 @@ class TermAt(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def stop_by_signal(to: int, **settings: Any) -> dict[str, Any]:
-    """Train until a signal to one rank ends it; return where, with which weights, and what was saved on the way out."""
+def stop_by_signal(to: int, *, saving: bool = True, **settings: Any) -> dict[str, Any]:
+    """Train until a signal to one rank ends it; return where, with which weights, what was saved, said and the code."""
     folder = tempfile.mkdtemp()
     module, strategy = Apart(), CO2Strategy(local_steps=3, **settings)
-    callbacks = [TermAt(4, to), OnExceptionCheckpoint(folder, "end")]
-    trainer = None
-    try:
-        run = fit([strategy, *callbacks], module=module, max_steps=40, devices=2, enable_checkpointing=True)
-        trainer = run.trainer
-    except SIGTERMException:
-        trainer = module.trainer
-    saved = torch.load(Path(folder) / "end.ckpt", weights_only=True)["state_dict"] if rank() == 0 else None
-    return {"step": trainer.global_step, "weights": dict(module.state_dict()), "saved": saved}
+    callbacks = [TermAt(4, to), *([OnExceptionCheckpoint(folder, "end")] if saving else [])]
+    code: Any = "no exception"
+    with Said() as said, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            fit([strategy, *callbacks], module=module, max_steps=40, devices=2, enable_checkpointing=saving)
+        except SIGTERMException as end:
+            code = end.code
+    saved = torch.load(Path(folder) / "end.ckpt", weights_only=True)["state_dict"] if saving and not rank() else None
+    return {
+        "step": module.trainer.global_step,
+        "weights": dict(module.state_dict()),
+        "saved": saved,
+        "code": code,
+        "said": [*said.lines, *(str(warning.message) for warning in caught)],
+    }
+
+
+def listen_to_plans(plans: list[dict[str, Any]], **settings: Any) -> list[list[str]]:
+    """Return what is said of checkpoints before the first step of fits that save at different times."""
+    heard = []
+    for plan in plans:
+        trainer = {name: plan[name] for name in ("val_check_interval", "accumulate_grad_batches") if name in plan}
+        saves = {name: value for name, value in plan.items() if name not in trainer}
+        saver = ModelCheckpoint(tempfile.mkdtemp(), **saves)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            strategy = LocalSGDStrategy(**{"local_steps": 3, **settings})
+            validation = Stream(seed=3) if "val_check_interval" in plan else None
+            fit(
+                [strategy, saver],
+                module=Apart(),
+                validation=validation,
+                max_steps=1,
+                devices=2,
+                enable_checkpointing=True,
+                **trainer,
+            )
+        heard.append([str(w.message) for w in caught if "saves a checkpoint" in str(w.message)])
+    return heard
 
 
 def keep_buffers() -> dict[str, Any]:

@@ -25,6 +25,45 @@ def test_a_signal_to_one_rank_ends_all_at_one_step_with_the_mean_of_their_weight
     for name, value in first["saved"].items():
         assert torch.equal(value, first["weights"][name]), name
         assert torch.equal(value, second["weights"][name]), name
+    # Code 0 would say that training is over; and the host kills rank 0 if a process that it started ends otherwise.
+    assert (first["code"], second["code"]) == (143, None)
+    told = f"SIGTERM ended training after step {first['step']}, on all ranks"
+    assert any(told in line and "end.ckpt" in line for line in first["said"]), first["said"]
+
+
+def test_a_signal_says_what_was_not_saved(workers):
+    first, _ = workers.run(f"{JOBS}:stop_by_signal", to=0, saving=False)
+    assert any("CO2Strategy: sent SIGTERM" in line for line in first["said"]), first["said"]
+    assert any("No checkpoint of this step was saved" in line and "save_on_exception" in line for line in first["said"])
+    assert first["code"] == 143
+
+
+def test_checkpoints_within_rounds_are_warned_of_before_the_first_step(workers):
+    plans = {
+        "every_n_train_steps=2 saves a checkpoint every 2 optimizer steps, and a round has 4": [
+            {"every_n_train_steps": 2},
+            {"every_n_train_steps": 2, "every_n_epochs": None, "save_top_k": 0, "save_last": True},
+        ],
+        "val_check_interval=6 with ModelCheckpoint saves a checkpoint every 3 optimizer steps, and a round has 4": [
+            {"val_check_interval": 6, "accumulate_grad_batches": 2},
+        ],
+        "at the end of an epoch, saves a checkpoint every 3 optimizer steps, and a round has 4": [
+            {"accumulate_grad_batches": 2},
+        ],
+        "": [
+            {"every_n_train_steps": 4},
+            {"every_n_train_steps": 2, "save_top_k": 0},
+            {"every_n_epochs": 2, "accumulate_grad_batches": 2},
+            {"val_check_interval": 4},
+            {},
+        ],
+    }
+    wanted = [words for words, settings in plans.items() for _ in settings]
+    given = [plan for settings in plans.values() for plan in settings]
+    heard = workers.run(f"{JOBS}:listen_to_plans", plans=given, local_steps=[(0, 2), (3, 4)])[0]
+    for plan, words, lines in zip(given, wanted, heard, strict=True):
+        assert len(lines) == bool(words), (plan, lines)
+        assert words in "".join(lines), (plan, lines)
 
 
 def test_counters_go_on_from_the_checkpoint_and_the_largest_numbers_have_a_mean(workers):
