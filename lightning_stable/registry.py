@@ -210,7 +210,7 @@ METHODS: tuple[Method, ...] = (
         name="simulated",
         kind="precision",
         class_path="lightning_stable.precision.simulated.SimulatedPrecision",
-        paper="2405.18710, 2209.05433, 2310.10537, 2502.17055",
+        paper="2405.18710, 2209.05433, 2310.10537, 2502.17055, 2505.11497, 2302.11812",
         summary="Low-bit training simulated on any machine: any number format for weights, activations and gradients",
     ),
     Method(
@@ -268,6 +268,37 @@ METHODS: tuple[Method, ...] = (
             "WindowedPlasticity",
             "WorstCaseAccuracy",
         ),
+    ),
+    Method(
+        name="adapters",
+        kind="peft",
+        class_path="lightning_stable.peft.adapters.Adapters",
+        paper="2106.09685, 2404.02948, 2407.05000, 2410.07170",
+        summary="Adapters in any module, started by PiSSA, LoRA-GA, EVA or OLoRA, in checkpoints of kilobytes",
+        addons=("pissa", "lora_ga", "eva"),
+    ),
+    Method(
+        name="loldu",
+        kind="peft",
+        class_path="lightning_stable.peft.loldu.LoLDUConfig",
+        paper="2410.13618",
+        summary="Trains the leading diagonal of each weight's LDU decomposition: some ten numbers a layer",
+        relatives=("LoLDUModel",),
+    ),
+    Method(
+        name="svfit",
+        kind="peft",
+        class_path="lightning_stable.peft.svfit.SVFitConfig",
+        paper="2409.05926",
+        summary="Trains the largest singular values of each weight: some ten numbers a layer",
+        relatives=("SVFitModel",),
+    ),
+    Method(
+        name="reorthogonalise_lora",
+        kind="peft",
+        class_path="lightning_stable.peft.reorthogonalise_lora.ReorthogonaliseLoRA",
+        paper="2505.12805",
+        summary="Brings LoRA's factors into the form of their SVD as training goes on, their product unchanged",
     ),
 )
 

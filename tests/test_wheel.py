@@ -69,6 +69,7 @@ def test_the_wheel_carries_every_template_and_card_and_no_other_top_level_name(w
         assert f"lightning_stable/cards/{file.name}" in names
     assert "lightning_stable/guides/task_stream.md" in names
     assert "lightning_stable/guides/sweep.md" in names
+    assert "lightning_stable/guides/export_adapter.md" in names
     for file in (ROOT / "lightning_stable").rglob("*.py"):
         assert file.relative_to(ROOT).as_posix() in names
     assert "lightning_stable/py.typed" in names

@@ -27,11 +27,11 @@ FOLDERS: dict[TemplateKind, str] = {"recipe": "recipes", "addon": "addons"}
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-GUIDES = ("sweep", "task_stream")
+GUIDES = ("export_adapter", "sweep", "task_stream")
 """Pages about what is no method."""
 
 # Where the same is said in docstrings.
-_ROOM_OF = {"sweep": "cli", "task_stream": "data"}
+_ROOM_OF = {"export_adapter": "cli", "sweep": "cli", "task_stream": "data"}
 
 PICTURE_FORMATS = (".png", ".svg", ".pdf")
 """The suffixes that ``lightning-stable plot --output`` takes."""

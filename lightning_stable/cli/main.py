@@ -29,6 +29,7 @@ COMMANDS = {
     "list": "list methods, recipes and addons",
     "show": "print the card of a method, a guide, or a packaged config or script",
     "plot": "draw the stability gap of a run",
+    "export-adapter": "take trained adapters elsewhere, as LoRA for PEFT or merged into the model",
     **TRAINER_COMMANDS,
 }
 
@@ -41,6 +42,7 @@ examples:
   {PROGRAM} sweep --config quickstart --lr 1e-3 1e-2 --precision 32-true e4m3 --seeds 3
   {PROGRAM} show wsd
   {PROGRAM} plot runs/stability_gap/version_0
+  {PROGRAM} export-adapter runs/lm_finetune_pissa/version_0/checkpoints/last.ckpt my_adapter
 """
 
 
@@ -102,7 +104,13 @@ def _dispatch(arguments: list[str], debug: bool) -> int:
         from lightning_stable.cli.sweep import sweep
 
         return sweep(*parser.parse_known_args(arguments))
-    _run_light(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    if command == "export-adapter":
+        from lightning_stable.cli.export_adapter import export
+
+        export(options)
+    else:
+        _run_light(options)
     sys.stdout.flush()
     return 0
 
@@ -210,9 +218,34 @@ def _parser() -> _Parser:
     plot.add_argument(
         "--output", metavar="FILE", help=f"the picture, as {formats}; by default stability_gap.png beside the file"
     )
+    _add_export(commands.add_parser("export-adapter", help=COMMANDS["export-adapter"], description=_EXPORT))
     for command, text in TRAINER_COMMANDS.items():
         commands.add_parser(command, help=text)
     return parser
+
+
+_EXPORT = (
+    "Write the adapters of a checkpoint, trained with the callback Adapters, to a folder. More: 'lightning-stable show "
+    "export_adapter'."
+)
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    """Add the options of ``export-adapter``."""
+    export.add_argument("checkpoint", metavar="CKPT", help="the checkpoint file")
+    export.add_argument("out", metavar="OUT", help="the folder to write, empty or not there yet")
+    export.add_argument(
+        "--as",
+        dest="form",
+        metavar="FORM",
+        default="lora",
+        help="lora: a PEFT folder of plain LoRA for the untouched base (the default); merged: the whole model, with "
+        "--base; native: a PEFT folder of the adapters as they were trained",
+    )
+    export.add_argument(
+        "--base", metavar="DIR", help="the model that training started from, a folder of save_pretrained"
+    )
+    export.add_argument("--force", action="store_true", help="write into a folder that is not empty")
 
 
 if __name__ == "__main__":

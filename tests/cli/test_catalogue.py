@@ -124,8 +124,8 @@ def test_help_and_version(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     for command in COMMANDS:
-        assert f"\n  {command} " in out or f"\n    {command} " in out
-    for command in ("run", "list", "show", "plot"):
+        assert f"\n    {command} " in out or f"\n    {command}\n" in out
+    for command in ("run", "list", "show", "plot", "export-adapter"):
         assert main([command, "--help"]) == 0
         assert f"usage: lightning-stable {command}" in capsys.readouterr().out
     assert main(["run", "quickstart", "--help"]) == 0
@@ -137,13 +137,17 @@ def test_help_and_version(capsys):
 
 
 def test_the_commands_are_frozen():
-    assert list(COMMANDS) == ["run", "sweep", "list", "show", "plot", "fit", "validate", "test", "predict"]
+    assert list(COMMANDS) == [
+        *("run", "sweep", "list", "show", "plot", "export-adapter"),
+        *("fit", "validate", "test", "predict"),
+    ]
 
 
 def test_light_commands_import_no_torch():
     code = (
         "import sys; from lightning_stable.cli.main import main\n"
-        "light = (['list'], ['show', 'wsd_s'], ['--help'], ['run', '--help'], ['plot', '--help'], ['--version'])\n"
+        "light = (['list'], ['show', 'wsd_s'], ['--help'], ['run', '--help'], ['plot', '--help'], ['--version'],\n"
+        "    ['export-adapter', '--help'])\n"
         "codes = [main(arguments) for arguments in light]\n"
         "heavy = {'torch', 'lightning', 'jsonargparse', 'omegaconf', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'{codes} {heavy}' if any(codes) or heavy else 0)"

@@ -7,6 +7,7 @@ are in ``recovery.py``, the templates and the card in ``documents.py``; all are 
 import copy
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from contract.documents import HEADINGS, check_card, check_yaml
 from contract.feeding import is_metric, without_metric
 from contract.harness import MODULES, Net, SaveAt, Stream, assert_same, differences, fit
+from contract.modules import prepared_by
 from contract.recovery import (
     FAILURES,
     MOMENTS,
@@ -25,8 +27,9 @@ from contract.recovery import (
     check_reuse,
     is_finite,
 )
-from contract.rows import CUT, STEPS, Row, Settings, StrategySettings, on_top_of, resolve
+from contract.rows import CUT, STEPS, Row, Settings, StrategySettings, on_top_of, preparation, resolve
 from contract.workers import Pair, processes
+from lightning.pytorch import LightningModule
 
 __all__ = [
     "CUT",
@@ -95,14 +98,16 @@ def check_inert(row: Row, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- 4
 
 
-def two_process_job(make_path: str) -> dict[str, Any]:
+def two_process_job(make_path: str, prepare: Callable[[LightningModule], None] | None = None) -> dict[str, Any]:
     """Run in each of two processes: fit under DDP and return what the ranks have to agree in."""
     # Apart from the other rank, and from where the processes were started.
     os.chdir(tempfile.mkdtemp())
     plugin = resolve(make_path)()
+    with prepared_by(prepare):
+        module = Net(norm=False)
     run = fit(
         [plugin],
-        module=Net(norm=False),
+        module=module,
         validation=Stream(2, seed=5),
         max_steps=STEPS,
         val_check_interval=4,
@@ -114,7 +119,8 @@ def two_process_job(make_path: str) -> dict[str, Any]:
 
 def check_two_processes(row: Row, workers: Pair, make_path: str) -> None:
     """Two gloo processes end bit-equal, and equal to one process that sees the same samples (or the row's twin)."""
-    first, second = workers.run("contract.contracts:two_process_job", make_path=make_path)
+    prepare = preparation(row)
+    first, second = workers.run("contract.contracts:two_process_job", make_path=make_path, prepare=prepare)
     shared = ("weights", "optimizers", "plugins", "steps")
     assert_same([second[key] for key in shared], [first[key] for key in shared], "rank 1 against rank 0")
     single = fit(
@@ -232,8 +238,7 @@ def check_company(row: Row, other: Row, tmp_path: Path) -> None:
         check_resume(row, tmp_path, company=(other,), cut=CUT - 1, rounds=True)
         return
     if pattern is None:
-        check_resume(row, tmp_path, company=(other,))
-        check_leftovers(row, other)
+        check_leftovers(row, other, check_resume(row, tmp_path, company=(other,)))
         return
     with pytest.raises(ValueError, match=pattern) as caught:
         fit([row.settings.make(), other.settings.make()], max_steps=2)

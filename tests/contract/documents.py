@@ -1,5 +1,6 @@
 """The contracts on what is written down: 2, the addon templates, and 11, the card."""
 
+import dataclasses
 import inspect
 import re
 from pathlib import Path
@@ -106,6 +107,10 @@ def _arguments(row: Row) -> list[str]:
     plugin = resolve(f"{module}:{name}")
     arguments: dict[str, None] = {}
     for kind in plugin.__mro__:
+        if dataclasses.is_dataclass(kind) and kind.__module__.partition(".")[0] == module.partition(".")[0]:
+            # Its constructor takes the fields of the host's base, too, in one signature.
+            arguments |= dict.fromkeys(inspect.get_annotations(kind))
+            continue
         # What a class passes on to its base is a setting of the base, up to the host's own.
         if kind.__module__.partition(".")[0] != module.partition(".")[0] or "__init__" not in vars(kind):
             continue

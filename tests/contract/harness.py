@@ -4,6 +4,7 @@ Nothing here knows a method by name.
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from contract.modules import (
 )
 from contract.streams import BATCHES, EndlessStream, Stream
 from contract.workers import processes
+from lightning.fabric.utilities import registry
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
@@ -53,6 +55,9 @@ __all__ = [
     "entries_so_far",
     "fit",
 ]
+
+# Every Trainer reads what all installed packages offer, and that is the same all the time.
+registry.entry_points = functools.cache(registry.entry_points)
 
 # Settings of a Trainer in a test: one process on the CPU, no files, no output, no other order than the stream's.
 QUIET: dict[str, Any] = {

@@ -69,6 +69,26 @@ def trained_by(optimizer: str) -> Iterator[None]:
         _chosen = before
 
 
+# What a user's own constructor does to the module besides.
+_preparation: Callable[[LightningModule], None] | None = None
+
+
+@contextmanager
+def prepared_by(preparation: Callable[[LightningModule], None] | None) -> Iterator[None]:
+    """Let each module be prepared for what it is trained with at the end of its constructor."""
+    global _preparation
+    before, _preparation = _preparation, preparation
+    try:
+        yield
+    finally:
+        _preparation = before
+
+
+def _prepare(module: LightningModule) -> None:
+    if _preparation is not None:
+        _preparation(module)
+
+
 def _descent(parameters: Any, rate: float = 0.0, momentum: float = 0.5, recording: bool = False) -> Any:
     """Return the optimizer of the chosen kind; Adam takes rates that are a fifth of those of SGD."""
     groups = parameters if isinstance(parameters, list) else [{"params": list(parameters), "lr": rate}]
@@ -104,6 +124,7 @@ class Net(LightningModule):
         self.steps: list[Step] = []
         self.fail_at: tuple[str, int] | tuple[str, int, int] | None = None
         self.step_calls = Calls()
+        _prepare(self)
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = self.head(self.body(x))
@@ -206,6 +227,10 @@ class PlainBoring(BoringModel):
 
     Batches of one sample let its loss jump; the rate is such that it does not diverge of itself.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        _prepare(self)
 
     def train_dataloader(self) -> DataLoader:
         rank, world = place_in_group()

@@ -2,7 +2,6 @@
 
 import copy
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,12 @@ def check_resume(
     cut: int | None = None,
     rounds: bool = False,
     **settings: Any,
-) -> None:
+) -> Run:
     """N + M steps equal N steps, a checkpoint, and M steps with new or with used objects, bit by bit.
 
     Where saving is the end of a round, as a row or ``rounds`` may say, the run to be equal to saves at the same step.
+    In company nothing may be left of the plugins after the uninterrupted run, which is returned, and its objects are
+    those that are used again: what they hold is six steps ahead of the checkpoint.
     """
     cut = MOMENTS[moment] if cut is None else cut
     path = Path(of_rank_zero(tempfile.mkdtemp(dir=tmp_path))) / f"step={cut}.ckpt"
@@ -74,6 +75,8 @@ def check_resume(
     if not rounds and not any(member.has_rounds for member in (row, *company)):
         straight = run(plugins())
         assert_same(again.snapshot()["weights"], straight.snapshot()["weights"], "saving a checkpoint changed training")
+        if company:
+            _assert_nothing_left(straight.module, straight.trainer, _hooks(Net()))
     assert len(straight.steps) == STEPS, f"the run took {len(straight.steps)} optimizer steps, not {STEPS}"
     assert path.exists(), f"nothing was saved at {moment} of step {cut}"
 
@@ -87,13 +90,15 @@ def check_resume(
     expected = _comparable(straight, skip=cut, plugins=size, numbered=numbered)
     resumed = _comparable(run(plugins(), *others, ckpt_path=str(path)), plugins=size, numbered=numbered)
     assert_same(resumed, expected, "resumed run against uninterrupted run")
-    used = plugins()
+    used = straight.plugins[:size] if company else plugins()
     if any(isinstance(plugin, Strategy) for plugin in used):
-        return  # it belongs to its Trainer: the host refuses it in another one
+        return straight  # it belongs to its Trainer: the host refuses it in another one
 
-    run(used, module=Net(rates=(0.03, 0.01)))
+    if not company:
+        run(used, module=Net(rates=(0.03, 0.01)))
     resumed = _comparable(run(used, *others, ckpt_path=str(path)), plugins=size, numbered=numbered)
     assert_same(resumed, expected, "run resumed with used objects against uninterrupted run")
+    return straight
 
 
 def _for_another_trainer(used: list[Any], new: list[Any]) -> list[Any]:
@@ -194,25 +199,23 @@ def check_exception(row: Row, where: str, tmp_path: Path) -> None:
     _assert_as_new(row, plugin, "an object that saw a failure")
 
 
-def check_leftovers(row: Row, other: Row) -> None:
-    """After a fit and after failures nothing is left of two plugins in one Trainer, whichever is undone first."""
-    whole = _assert_leaves_nothing(row, other, None)
-    calls = {1, whole.step_calls.counts["train", 2]}
-    for call in sorted(calls):
-        _assert_leaves_nothing(row, other, ("train", 2, call))
+def check_leftovers(row: Row, other: Row, whole: Run) -> None:
+    """After failures nothing is left of two plugins in one Trainer, whichever is undone first.
 
-
-def _assert_leaves_nothing(row: Row, other: Row, fail_at: tuple[str, int, int] | None) -> DictNet:
-    """Fail if a run of two plugins, with or without a failure, leaves something behind; return its module."""
-    module = DictNet()
-    module.fail_at = fail_at
-    plugins = [row.settings.make(), other.settings.make()]
-    trainer = Trainer(**attach(plugins, {**QUIET, "devices": processes(), "max_steps": STEPS}, module))
-    hooks = _hooks(module)
-    with pytest.raises(RuntimeError, match="deliberate failure") if fail_at else nullcontext():
-        trainer.fit(module, Stream())
-    _assert_nothing_left(module, trainer, hooks)
-    return module
+    Args:
+        row: One of them.
+        other: The other one.
+        whole: A run of them without a failure, which says how many calls of a step there are.
+    """
+    for call in sorted({1, whole.module.step_calls.counts["train", 2]}):
+        module = DictNet()
+        module.fail_at = "train", 2, call
+        plugins = [row.settings.make(), other.settings.make()]
+        trainer = Trainer(**attach(plugins, {**QUIET, "devices": processes(), "max_steps": STEPS}, module))
+        hooks = _hooks(module)
+        with pytest.raises(RuntimeError, match="deliberate failure"):
+            trainer.fit(module, Stream())
+        _assert_nothing_left(module, trainer, hooks)
 
 
 def check_failing_test(row: Row, tmp_path: Path) -> None:
@@ -250,9 +253,10 @@ def _assert_as_new(row: Row, plugin: Any, what: str) -> None:
 
 
 def _hooks(module: LightningModule) -> dict[str, int]:
-    """Count every kind of hook on every submodule."""
+    """Count every kind of hook on every submodule that has any: adapters bring new submodules."""
     kinds = [name for name in vars(module) if name.endswith("_hooks")]
-    return {f"{name}.{kind}": len(vars(part)[kind]) for name, part in module.named_modules() for kind in kinds}
+    counts = {f"{name}.{kind}": len(vars(part)[kind]) for name, part in module.named_modules() for kind in kinds}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _assert_nothing_left(module: LightningModule, trainer: Trainer, hooks: dict[str, int]) -> None:

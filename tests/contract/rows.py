@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from contract.harness import Run
+from lightning.pytorch import LightningModule
 
 STEPS, CUT = 14, 8  # CUT is in the middle of the second epoch of six batches
 
@@ -73,6 +74,22 @@ class PrecisionSettings(Settings):
 
 
 @dataclass(frozen=True)
+class PeftSettings(Settings):
+    """What the contracts need to know about a method of adapters.
+
+    Attributes:
+        carrier: Name of the class that a Trainer takes, where that of the method is a part of it.
+        prepare: What the constructor of a module does, for the method to have something to work on: a function of a
+            file, which processes find by its name. Modules without the plugin are prepared, too.
+        adapts: The plugin puts adapters into the module, so that no other needs a prepared one.
+    """
+
+    carrier: str | None = None
+    prepare: Callable[[LightningModule], None] | None = None
+    adapts: bool = False
+
+
+@dataclass(frozen=True)
 class Row:
     """A method under contract.
 
@@ -95,12 +112,22 @@ class Row:
 
     @property
     def class_name(self) -> str:
-        return self.class_path.rpartition(".")[2]
+        """Name of the class that a Trainer takes."""
+        carrier = self.settings.carrier if isinstance(self.settings, PeftSettings) else None
+        return carrier or self.class_path.rpartition(".")[2]
 
     @property
     def has_rounds(self) -> bool:
         """Whether saving a checkpoint changes training, since it is the end of a round."""
         return isinstance(self.settings, StrategySettings) and self.settings.rounds
+
+
+def preparation(*rows: Row) -> Callable[[LightningModule], None] | None:
+    """Return what constructors do to modules that are trained with all of these."""
+    settings = [row.settings for row in rows if isinstance(row.settings, PeftSettings)]
+    if any(each.adapts for each in settings):
+        return None
+    return next((each.prepare for each in settings if each.prepare is not None), None)
 
 
 def on_top_of(row: Row, settings: dict[str, Any]) -> tuple[Row, dict[str, Any]]:

@@ -11,6 +11,7 @@ from contract import (
     metric_checks,
     numerics_checks,
     oracle_checks,
+    peft_rows,
     precision_checks,
     strategy_rows,
     torchao_checks,
@@ -140,6 +141,7 @@ SETTINGS: dict[str, Settings] = {
     **strategy_rows.SETTINGS,
     **precision_checks.SETTINGS,
     **torchao_checks.SETTINGS,
+    **peft_rows.SETTINGS,
     "numerics_monitor": Settings(
         make=lambda: NumericsMonitor(**numerics_checks.WATCHED),
         oracle=numerics_checks.numerics_monitor,

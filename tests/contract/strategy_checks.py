@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from contract import contracts
 from contract.harness import Net, SaveAt, Stream, assert_same, fit
-from contract.modules import trained_by
-from contract.rows import CUT, STEPS, Row, StrategySettings, resolve
+from contract.modules import prepared_by, trained_by
+from contract.rows import CUT, STEPS, Row, StrategySettings, preparation, resolve
 from contract.strategy_oracles import vector
 from contract.workers import Pair, of_all_ranks, of_rank_zero
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -51,8 +51,10 @@ def job(check: str, row_path: str, folder: str, arguments: dict[str, Any]) -> No
     row = resolve(row_path)
     if "other" in arguments:
         arguments = {**arguments, "other": resolve(arguments["other"])}
+    prepare = preparation(row, *(value for value in arguments.values() if isinstance(value, Row)))
     function = globals().get(check) or getattr(contracts, check)
-    with trained_by(row.settings.optimizer if isinstance(row.settings, StrategySettings) else "sgd"):
+    optimizer = row.settings.optimizer if isinstance(row.settings, StrategySettings) else "sgd"
+    with trained_by(optimizer), prepared_by(prepare):
         function(row, tmp_path=Path(folder), **arguments)
 
 

@@ -1,6 +1,7 @@
 """Every contract over every row of METHODS."""
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,18 @@ import pytest
 from contract import contracts, strategy_checks
 from contract.contracts import FAILURES, MOMENTS, PRECISIONS, Row
 from contract.harness import MODULES
+from contract.modules import prepared_by
+from contract.rows import preparation
 from contract.settings import ROWS
 from contract.workers import Pair
+
+
+@pytest.fixture(autouse=True)
+def _prepared(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let modules be prepared for the rows that a test is about."""
+    rows = [value for value in request.node.callspec.params.values() if isinstance(value, Row)]
+    with prepared_by(preparation(*rows)):
+        yield
 
 
 def over_rows(contract: str, rows: list[Row] = ROWS) -> Any:
@@ -33,8 +44,17 @@ def check(name: str, row: Row, tmp_path: Path, workers: Pair, **arguments: Any) 
 CALLBACKS = [row for row in ROWS if row.kind == "callback"]
 STRATEGIES = [row for row in ROWS if row.kind == "strategy"]
 PLUGINS = [row for row in ROWS if row.kind == "precision"]
+PEFT = [row for row in ROWS if row.kind == "peft"]
+# What a Trainer takes for the other rows is the first one's class.
+WHOLE_PEFT = [row for row in PEFT if row.class_path.endswith(f".{row.class_name}")]
 # Both orders: hooks run in the order in which callbacks are given. A metric is not in the Trainer with them.
 PAIRS = list(itertools.permutations(CALLBACKS, 2))
+# One order: adapters are there before the first hook of training.
+PEFT_PAIRS = [
+    *itertools.product(WHOLE_PEFT, [*CALLBACKS, *PLUGINS]),
+    *itertools.combinations(WHOLE_PEFT, 2),
+    *((row, other) for row in PEFT if row not in WHOLE_PEFT for other in CALLBACKS if other.name in ("ema", "sam")),
+]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -119,7 +139,12 @@ def test_10_company_of_precision_plugins(row: Row, other: Row, tmp_path: Path) -
     contracts.check_company(row, other, tmp_path)
 
 
-@pytest.mark.parametrize("other", [*CALLBACKS, *PLUGINS], ids=lambda row: row.name)
+@pytest.mark.parametrize(("row", "other"), PEFT_PAIRS, ids=[f"{row.name}-{other.name}" for row, other in PEFT_PAIRS])
+def test_10_company_of_adapters(row: Row, other: Row, tmp_path: Path) -> None:
+    contracts.check_company(row, other, tmp_path)
+
+
+@pytest.mark.parametrize("other", [*CALLBACKS, *PLUGINS, *WHOLE_PEFT], ids=lambda row: row.name)
 @pytest.mark.parametrize("row", STRATEGIES, ids=lambda row: row.name)
 def test_10_company_of_strategies(row: Row, other: Row, tmp_path: Path, workers: Pair) -> None:
     name = f"contract.settings:BY_NAME[{other.name}]"

@@ -1,16 +1,12 @@
 """One pair of long-lived gloo processes that every two-process test shares, so that start-up is paid once."""
 
-import io
 import os
-import socket
 import time
-import traceback
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from contract.serving import free_port, launch, received
 
 __all__ = ["Pair", "of_all_ranks", "of_rank_zero", "processes"]
 
@@ -66,8 +62,8 @@ class Pair:
             pipe.send((job, arguments))
         answers = self._answers()
         bad = {rank: text for rank, (kind, text) in sorted(answers.items()) if kind != "done"}
-        failed = [f"rank {rank} failed in {job}:\n{text}" for rank, text in bad.items()]
-        if len(answers) < len(self._pipes) or any(kind == "failed" for kind, _ in answers.values()):
+        failed = [f"rank {rank} failed in {job}:\n{text or 'the process died'}" for rank, text in bad.items()]
+        if len(answers) < len(self._pipes) or any(kind in ("failed", "died") for kind, _ in answers.values()):
             silent = [rank for rank in range(len(self._pipes)) if rank not in answers]
             failed += [f"rank {rank} gave no answer to {job} in time" for rank in silent]
             self.stop()
@@ -75,7 +71,7 @@ class Pair:
             self.stop()
         if failed:
             raise AssertionError("\n".join(failed))
-        return [torch.load(io.BytesIO(answers[rank][1]), weights_only=False) for rank in sorted(answers)]
+        return [answers[rank][1] for rank in sorted(answers)]
 
     def _answers(self) -> dict[int, tuple[str, Any]]:
         """Return what the ranks say, by rank; where one has failed, the other may wait for it and say nothing."""
@@ -84,7 +80,7 @@ class Pair:
         while len(answers) < len(self._pipes) and time.monotonic() < end:
             waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
             for pipe in wait(list(waiting), max(0.0, end - time.monotonic())):
-                answers[waiting[pipe]] = _received(pipe)
+                answers[waiting[pipe]] = received(pipe)
                 if answers[waiting[pipe]][0] != "done":
                     end = min(end, time.monotonic() + _SECONDS_AFTER_A_FAILURE)
         return answers
@@ -100,54 +96,20 @@ class Pair:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        for rank in range(2):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, port), daemon=True)
-            process.start()
-            self._processes.append(process)
-            self._pipes.append(ours)
-
-
-def _received(pipe: Any) -> tuple[str, Any]:
-    """Return what a rank says, and that it failed if it has died."""
-    try:
-        answer: tuple[str, Any] = pipe.recv()
-    except EOFError:
-        return "failed", "the process died"
-    return answer
-
-
-def _serve(pipe: Connection, rank: int, port: int) -> None:
-    """Answer jobs until the pipe closes."""
-    import importlib
-
-    # What torchrun would set: the host then takes this process for a rank and starts none itself.
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": _RUN,
-    }
-    torch.set_num_threads(1)
-    while True:
-        try:
-            job, arguments = pipe.recv()
-        except EOFError:
-            return
-        try:
-            module, _, name = job.partition(":")
-            content = io.BytesIO()
-            torch.save(getattr(importlib.import_module(module), name)(**arguments), content)
-            pipe.send(("done", content.getvalue()))
-        except AssertionError:
-            pipe.send(("asserted", traceback.format_exc()))
-        except BaseException:
-            pipe.send(("failed", traceback.format_exc()))
+        port = free_port()
+        # The host then takes each for a rank and starts none itself.
+        places = [
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_WORLD_SIZE": "2",
+                "GROUP_RANK": "0",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "TORCHELASTIC_RUN_ID": _RUN,
+            }
+            for rank in range(2)
+        ]
+        started = launch(places)
+        self._processes, self._pipes = [process for process, _ in started], [pipe for _, pipe in started]

@@ -97,7 +97,7 @@ class ReplayedStep:
         return [self.replay.batch(self.epoch, index) for index in self.indices]
 
     def gradients(self, weights: Weights | None = None, term: Term | None = None) -> Weights:
-        """Return the raw gradients of the accumulated loss.
+        """Return the raw gradients of the accumulated loss, of all that trains.
 
         Args:
             weights: Where to take them, by default where the step did.
@@ -110,7 +110,7 @@ class ReplayedStep:
                 if term is not None:
                     loss = loss + term(self, index)
             (loss / self.replay.accumulate).backward()
-        return {name: parameter.grad.clone() for name, parameter in self.module.named_parameters()}
+        return {name: each.grad.clone() for name, each in self.module.named_parameters() if each.requires_grad}
 
     def losses(self) -> list[float]:
         """Return the loss of each micro-batch."""

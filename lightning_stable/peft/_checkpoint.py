@@ -1,0 +1,173 @@
+"""Checkpoints of adapted modules: what is kept of the weights, and how a pristine base is made the trained module."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_stable.peft._config import config_differences, plain_config, rebuild_config
+from lightning_stable.peft._initialise import apply_shift
+from lightning_stable.peft._inject import (
+    adapter_names,
+    frozen_names,
+    inject,
+    let_inputs_need_gradients,
+    matching,
+    trained_names,
+)
+from lightning_stable.peft._record import KEY, Record, dtype_of, find_record, fingerprint, keep
+from lightning_stable.peft._targets import Target, find_targets
+
+__all__ = ["complete", "differences", "fingerprints", "reduce_checkpoint", "restore", "stored_record"]
+
+
+def stored_record(owner: str, checkpoint: Mapping[str, Any]) -> Record | None:
+    """Return the record of the adapters in a checkpoint, ``None`` if it has none."""
+    stored = checkpoint.get(KEY)
+    return None if stored is None else Record.from_checkpoint(owner, stored)
+
+
+def reduce_checkpoint(module: nn.Module, checkpoint: dict[str, Any], save: str, optimized: Sequence[Tensor]) -> None:
+    """Write the record into a checkpoint, and with ``save="adapter"`` leave out what an untouched base gives back.
+
+    Doing it again changes nothing more. A module without adapters is left as it is.
+
+    Args:
+        module: The outermost module.
+        checkpoint: The checkpoint of it, changed in place.
+        save: ``"adapter"`` or ``"full"``.
+        optimized: Parameters in an optimizer, which may have trained though they do not at present.
+    """
+    found = find_record(module)
+    if found is None:
+        return
+    path, _, record = found
+    held = {id(parameter) for parameter in optimized}
+    named = module.named_parameters(remove_duplicate=False)
+    record.trained = trained_names(module, [*record.trained, *(name for name, each in named if id(each) in held)])
+    checkpoint[KEY] = record.to_checkpoint(path, save)
+    if save == "adapter":
+        dropped = frozen_names(module, record.trained)
+        weights = checkpoint["state_dict"]
+        for name in [name for name in weights if name in dropped]:
+            del weights[name]
+
+
+def complete(module: nn.Module, checkpoint: dict[str, Any], record: Record) -> None:
+    """Add to a checkpoint's weights those of the module that an untouched base gives, so that loading stays strict."""
+    weights = checkpoint["state_dict"]
+    present = dict(module.named_parameters(remove_duplicate=False))
+    for name in frozen_names(module, record.trained):
+        weights.setdefault(name, present[name].detach())
+
+
+def fingerprints(targets: Mapping[str, Target]) -> dict[str, str]:
+    """Return the fingerprint of the weight of each layer that has one."""
+    weights = {name: getattr(target.layer, "weight", None) for name, target in targets.items()}
+    return {name: fingerprint(weight) for name, weight in weights.items() if isinstance(weight, Tensor)}
+
+
+def restore(
+    owner: str,
+    root: nn.Module,
+    model: nn.Module,
+    checkpoint: Mapping[str, Any],
+    record: Record,
+    *,
+    trainable: Sequence[str] | None,
+    upcast: bool,
+    prefix: str = "",
+) -> Record:
+    """Adapt an untouched module as a checkpoint says: same layers, same ranks, base shifted by the same factors.
+
+    The weights of the checkpoint are not loaded here.
+
+    Args:
+        owner: What is named in messages.
+        root: The outermost module.
+        model: The part of it to adapt.
+        checkpoint: The checkpoint.
+        record: What it says of the adapters.
+        trainable: Patterns of parameters that train beside the adapters; ``None``: as the checkpoint has it.
+        upcast: Keep adapters in float32 where the base is in half precision.
+        prefix: What the checkpoint's names begin with and those of ``root`` do not.
+
+    Returns:
+        The record that is now kept on ``model``.
+
+    Raises:
+        ValueError: If the layers are others, or the base is not the one that was adapted; nothing is changed then.
+    """
+    config = rebuild_config(owner, record.config)
+    targets = find_targets(owner, model, config)
+    full = checkpoint[KEY]["save"] == "full"
+    _check_base(owner, targets, record, full)
+    kept = [] if trainable is None else matching(owner, root, trainable)
+    let_inputs_need_gradients(model)
+    flags = {name: each.requires_grad for name, each in root.named_parameters(remove_duplicate=False)}
+    layers = inject(root, model, config, trainable=kept, seed=0, upcast=upcast)
+    if not full:
+        for name, factors in record.shift.items():
+            apply_shift(layers[name], factors["a"], factors["b"], dtype_of(record.base[name]))
+    trained = [name.removeprefix(prefix) for name in record.trained if name.startswith(prefix)]
+    if trainable is None:
+        for name, parameter in root.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name in trained)
+    _take_dtypes(root, checkpoint["state_dict"], targets, record, prefix)
+    restored = Record(**{**vars(record), "trained": trained_names(root, trained), "flags": flags})
+    keep(model, restored)
+    return restored
+
+
+def differences(record: Record, path: str, present: Record, present_path: str) -> list[str]:
+    """Say in what the adapters of a checkpoint differ from those that are asked for, one phrase each."""
+    found = config_differences({"model": path, "init": record.init}, {"model": present_path, "init": present.init})
+    found += config_differences(_compared(record.asked), _compared(present.asked))
+    return found + config_differences({"trainable": sorted(record.trainable)}, {"trainable": sorted(present.trainable)})
+
+
+def _compared(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with each field that this version of peft has, so that versions can be compared."""
+    return plain_config(rebuild_config("Adapters", asked))
+
+
+def _check_base(owner: str, targets: Mapping[str, Target], record: Record, full: bool) -> None:
+    """Raise ``ValueError`` unless the untouched weights are those that were adapted."""
+    missing, further = sorted(record.base.keys() - targets.keys()), sorted(targets.keys() - record.base.keys())
+    if missing or (further and any(hasattr(targets[name].layer, "weight") for name in further)):
+        raise ValueError(
+            f"{owner}: the checkpoint's adapters are of other layers: "
+            f"{f'{missing[0]!r} is not here' if missing else f'{further[0]!r} had none'}. Build the module with the "
+            "same model that was trained."
+        )
+    for name, mark in record.base.items() if not full else ():
+        weight = cast(Tensor, targets[name].layer.weight)
+        dtype = dtype_of(mark)
+        as_then = weight if dtype is None or not weight.is_floating_point() else weight.detach().to(dtype)
+        if fingerprint(as_then) != mark:
+            told = "x".join(map(str, weight.shape))
+            raise ValueError(
+                f"{owner}: the weight of layer {name!r} ({weight.dtype}, {told}) is not the one that the checkpoint's "
+                f"adapters were made for ({mark.split('|')[0]}, {mark.split('|')[1]}), which it does not hold itself: "
+                "another base model, another seed of a random one, a base that has been trained or merged since, or a "
+                "precision that has lost digits. Load the same base first; or save checkpoints that hold all weights "
+                "with save='full'."
+            )
+
+
+def _take_dtypes(
+    root: nn.Module, weights: Mapping[str, Tensor], targets: Mapping[str, Target], record: Record, prefix: str
+) -> None:
+    """Give adapters the precision that the checkpoint has them in, where the base is in that of the run, too."""
+    same = all(
+        getattr(target.layer, "weight").dtype == dtype_of(record.base[name])  # noqa: B009  not every layer has one
+        for name, target in targets.items()
+        if name in record.base
+    )
+    named = dict(root.named_parameters(remove_duplicate=False))
+    for name in adapter_names(root) if same else ():
+        stored, parameter = weights.get(prefix + name), named.get(name)
+        if stored is not None and parameter is not None and stored.dtype != parameter.dtype:
+            with torch.no_grad():
+                parameter.data = parameter.data.to(stored.dtype)

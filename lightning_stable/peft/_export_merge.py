@@ -1,0 +1,177 @@
+"""Folders of whole models: the base with the adapters in its weights, or as the adapters of a shifted base need it."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from lightning_stable.peft._export_base import Change, check_base, name_in_base, open_base, tied_heads, write_base
+from lightning_stable.peft._export_lora import Parts, plain_lora
+from lightning_stable.peft._export_read import Trained
+from lightning_stable.peft._export_weight import is_transposed, merged_weight, refuse_variants, shifted_weight
+from lightning_stable.peft._record import dtype_of
+
+__all__ = ["BaseOfTraining", "write_complete"]
+
+
+class BaseOfTraining:
+    """The folder of the model that adapters were trained on.
+
+    Args:
+        trained: The adapters.
+        folder: The model, as ``save_pretrained`` writes it.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or it lacks a file.
+        ValueError: If it is not the base that training started from.
+    """
+
+    def __init__(self, trained: Trained, folder: Path) -> None:
+        self.trained = trained
+        self.base = open_base(folder)
+        self.heads = tied_heads(self.base)
+        self.rename = name_in_base(trained.layers, self.base, self.heads)
+        marks = trained.record.base
+        known = {self._source(f"{layer}.weight"): marks[layer] for layer in trained.layers if layer in marks}
+        self.unchecked = check_base(self.base, known)
+
+    def write_merged(self, out: Path) -> list[str]:
+        """Write the model with the adapters in its weights; return notes for the reader."""
+        refuse_variants(self.trained.record.config)
+        parts, _ = plain_lora(self.trained, joined=False)
+        adapted: dict[str, Change] = {f"{layer}.weight": change for layer, change in self._merges(parts).items()}
+        adapted |= {name: _instead(tensor) for name, tensor in self.trained.modules.items()}
+        if odd := [name for name in self.trained.modules if self._source(name) not in self.base.files]:
+            raise ValueError(f"{self.base.folder} has no {odd[0]}, which modules_to_save trained a copy of.")
+        others = _others(self.trained)
+        unplaced = sorted(name for name in others if self._source(name) not in self.base.files)
+        changes = {self.rename(name): _instead(tensor) for name, tensor in others.items() if name not in unplaced}
+        changes |= {self.rename(name): change for name, change in adapted.items()}
+        apart = {self.rename(name) for name in adapted} & {name for pair in self.heads.items() for name in pair}
+        present = {name: change for name, change in changes.items() if name in self.base.files}
+        write_base(self.base, out, present, self._added(changes, apart), untie=bool(apart))
+        lost = [name for name in unplaced if name in {_bare(name) for name in self.trained.trained}]
+        return [*self._rounding(), *_left_out("the base has no such tensors", [*lost, *self.trained.outside])]
+
+    def write_shifted(self, out: Path) -> list[str]:
+        """Write the base as training had it, without the product of the first factors; return notes."""
+        record = self.trained.record
+        turned = self._transposed(self.trained.layers)
+
+        def change_of(layer: str) -> Change:
+            return lambda weight: shifted_weight(
+                self._as_trained(layer, weight), record.shift[layer], record.scaling[layer], transposed=turned[layer]
+            )
+
+        write_base(self.base, out, {self.rename(f"{layer}.weight"): change_of(layer) for layer in record.shift})
+        return self._rounding()
+
+    def _merges(self, parts: Parts) -> dict[str, Change]:
+        """Return what becomes of the weight of each layer."""
+        record = self.trained.record
+        turned = self._transposed(parts)
+
+        def change_of(layer: str) -> Change:
+            def change(before: Tensor) -> Tensor:
+                weight, scaling = self._as_trained(layer, before), _scaling(self.trained, layer)
+                if layer in record.shift:  # with its rounding, which the adapter was trained on
+                    weight = shifted_weight(weight, record.shift[layer], scaling, transposed=turned[layer])
+                return merged_weight(weight, parts[layer], scaling, transposed=turned[layer])
+
+            return change
+
+        return {layer: change_of(layer) for layer in parts}
+
+    def _transposed(self, parts: Parts) -> dict[str, bool]:
+        shapes = {layer: tuple(self.base.read(self._source(f"{layer}.weight")).shape) for layer in parts}
+        return _transposed(self.trained, parts, shapes, str(self.base.config.get("model_type")))
+
+    def _as_trained(self, layer: str, weight: Tensor) -> Tensor:
+        return weight.to(dtype_of(self.trained.record.base.get(layer, "")) or weight.dtype)
+
+    def _source(self, name: str) -> str:
+        """Return the name in the folder under which a tensor of the adapted module is found."""
+        found = self.rename(name)
+        return found if found in self.base.files else self.heads.get(found, found)
+
+    def _added(self, changes: dict[str, Change], apart: set[str]) -> dict[str, Tensor]:
+        """Return tensors that the files do not have, and that are no longer those of another.
+
+        Args:
+            changes: By the name in the model.
+            apart: Which tied ones were adapted by themselves.
+        """
+        added = {}
+        for head, source in self.heads.items():
+            if head not in self.base.files and {head, source} & apart:
+                before = self.base.read(source)
+                added[head] = changes[head](before).to(before.dtype) if head in apart else before.clone()
+        return added
+
+    def _rounding(self) -> list[str]:
+        """Say so where the folder has another precision than the training had."""
+        if self.unchecked:
+            return [
+                f"Training had {len(self.unchecked)} of these weights quantized. So whether {self.base.folder} is its "
+                "base was not checked, and outputs differ by that rounding."
+            ]
+        for layer in self.trained.layers:
+            here = self.base.read(self._source(f"{layer}.weight")).dtype
+            there = dtype_of(self.trained.record.base.get(layer, ""))
+            if there is not None and here.itemsize < there.itemsize:
+                names = [str(dtype).removeprefix("torch.") for dtype in (here, there)]
+                return [
+                    f"{self.base.folder} is in {names[0]} and training was in {names[1]}: weights are rounded to "
+                    f"{names[0]}. For all of their precision load the base in {names[1]}, write it by save_pretrained, "
+                    "and give that folder."
+                ]
+        return []
+
+
+def write_complete(trained: Trained, out: Path) -> list[str]:
+    """Write the weights of a model that is in the checkpoint as a whole, its adapters merged; return notes."""
+    from huggingface_hub import save_torch_state_dict
+
+    refuse_variants(trained.record.config)
+    tensors = _others(trained) | {
+        f"{layer}.weight": trained.base[f"{layer}.base_layer.weight"] for layer in trained.layers
+    }
+    parts, _ = plain_lora(trained, joined=False)
+    shapes = {layer: tuple(tensors[f"{layer}.weight"].shape) for layer in parts}
+    turned = _transposed(trained, parts, shapes, "")
+    for layer, found in parts.items():
+        weight = tensors[f"{layer}.weight"]  # shifted already, where it was shifted
+        merged = merged_weight(weight, found, _scaling(trained, layer), transposed=turned[layer])
+        tensors[f"{layer}.weight"] = merged.contiguous()
+    save_torch_state_dict(tensors | trained.modules, out)
+    return [
+        "There are weights only. Put config.json and the tokenizer's files of the base beside them, or give its folder "
+        "by --base.",
+        *_left_out("they are outside of the adapted module", list(trained.outside)),
+    ]
+
+
+def _transposed(trained: Trained, parts: Parts, shapes: dict[str, tuple[int, ...]], model_type: str) -> dict[str, bool]:
+    return is_transposed(shapes, parts, model_type, bool(trained.record.config.get("fan_in_fan_out")))
+
+
+def _scaling(trained: Trained, layer: str) -> float:
+    """Return the factor of a layer's product of factors; those of LoLDU and SVFit have theirs in the factors."""
+    return trained.record.scaling[layer] if trained.kind == "LORA" else 1.0
+
+
+def _others(trained: Trained) -> dict[str, Tensor]:
+    """Return the tensors beside the adapters by the names that the model without adapters has."""
+    adapted = {f"{layer}.weight" for layer in trained.layers}
+    return {_bare(name): tensor for name, tensor in trained.base.items() if _bare(name) not in adapted}
+
+
+def _bare(name: str) -> str:
+    return name.replace(".base_layer.", ".")
+
+
+def _instead(tensor: Tensor) -> Change:
+    return lambda _: tensor
+
+
+def _left_out(why: str, names: list[str]) -> list[str]:
+    return [f"Trained too, but not in the folder, as {why}: {', '.join(names)}."] if names else []

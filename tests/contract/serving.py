@@ -1,0 +1,121 @@
+"""Processes that answer jobs until their pipe closes, each in the place where torchrun would have put it; and programs.
+
+They are forked off a server that has imported torch, the host and the contracts: a start takes a moment, where every
+fresh interpreter would import for seconds. The server itself runs no job and has no threads.
+"""
+
+import importlib
+import io
+import os
+import runpy
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+from multiprocessing import forkserver, get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+__all__ = ["Place", "free_port", "launch", "received", "run_script"]
+
+# What torchrun would set in the environment of one process.
+Place = dict[str, str]
+
+
+def free_port() -> str:
+    """Return a port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def launch(places: Sequence[Place]) -> list[tuple[Any, Connection]]:
+    """Start a process in each place, and return it with the pipe that takes jobs and gives answers."""
+    context = _server()
+    started = []
+    for place in places:
+        ours, theirs = context.Pipe()
+        # What this process has in its environment by now, and not what the server began with.
+        process = context.Process(target=_serve, args=(theirs, {**os.environ, **place}), daemon=True)
+        process.start()
+        # Closed here, so that the end of the process closes the pipe.
+        theirs.close()
+        started.append((process, ours))
+    return started
+
+
+def received(pipe: Connection) -> tuple[str, Any]:
+    """Return an answer: ``"done"`` with the value, ``"asserted"`` or ``"failed"`` with a traceback, or ``"died"``."""
+    try:
+        outcome, content = pipe.recv()
+    except (EOFError, ConnectionError):
+        return "died", None
+    return outcome, torch.load(io.BytesIO(content), weights_only=False) if outcome == "done" else content
+
+
+def run_script(script: Path, *arguments: str, cwd: Path, **environment: str) -> tuple[int | None, str, str]:
+    """Run a program of Python to its end, as from a command line; return its exit code and what it wrote."""
+    written = [cwd / "stdout.txt", cwd / "stderr.txt"]
+    # Not a daemon: programs may start processes of their own.
+    process = _server().Process(
+        target=_run_script, args=([str(script), *arguments], cwd, {**os.environ, **environment}, written)
+    )
+    process.start()
+    process.join()
+    out, err = (path.read_text() for path in written)
+    return process.exitcode, out, err
+
+
+def _run_script(arguments: list[str], cwd: Path, environment: dict[str, str], written: list[Path]) -> None:
+    for stream, path in enumerate(written, start=1):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), stream)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv[:] = arguments
+    sys.path.insert(0, str(Path(arguments[0]).parent))
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _server() -> Any:
+    """Start the server if there is none, and return what starts processes off it."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["contract.preloaded"])
+    # Older Pythons do not tell it where modules are.
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
+def _serve(pipe: Connection, environment: dict[str, str]) -> None:
+    """Answer jobs, functions named ``module:function``, until the pipe closes."""
+    os.environ.clear()
+    os.environ.update(environment)
+    # The host reads it when it is imported, which the server has done.
+    rank_zero_only.rank = int(environment["RANK"])
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            module, _, name = job.partition(":")
+            content = io.BytesIO()
+            torch.save(getattr(importlib.import_module(module), name)(**arguments), content)
+            pipe.send(("done", content.getvalue()))
+        except AssertionError:
+            pipe.send(("asserted", traceback.format_exc()))
+        except BaseException:
+            pipe.send(("failed", traceback.format_exc()))

@@ -1,0 +1,321 @@
+"""What Adapters refuses: one error each that names the value, before anything of the module is changed."""
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from adapter_runs import Net, Samples, adapters, fit, loader
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_stable.peft import load_adapters, merge_adapters
+from lightning_stable.peft.adapters import Adapters
+
+CONFIG = {"r": 4, "target_modules": ["first"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"init": "pisa"}, "init='pisa' is unknown"),
+        ({"save": "all"}, "save='all' is unknown"),
+        ({"init_mode": "test"}, "init_mode='test' is unknown"),
+        ({"init_batches": 0}, "init_batches=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"trainable": "head.*"}, "one text"),
+        ({"config": 3}, "config is a int, not a PEFT config"),
+        ({"config": {**CONFIG, "rank": 4}}, "'rank', which is no field of LoraConfig"),
+        ({"config": {**CONFIG, "peft_type": "LORRA"}}, "peft_type='LORRA' is unknown. Did you mean 'LORA'"),
+        ({"config": {"r": 4, "target_modules": "a", "layers_pattern": "b"}}, "layers_pattern"),
+        ({"config": {**CONFIG, "inference_mode": True}}, "inference_mode=True"),
+        (
+            {"config": {**CONFIG, "peft_type": "LOHA"}, "init": "pissa"},
+            "init='pissa' starts adapters of peft_type 'LORA'",
+        ),
+        (
+            {"config": {**CONFIG, "peft_type": "LORA"}, "init": "svfit"},
+            "init='svfit' starts adapters of peft_type 'SVFIT'",
+        ),
+        ({"config": {**CONFIG, "init_lora_weights": "olora"}, "init": "pissa"}, "init_lora_weights='olora' beside"),
+        ({"config": {**CONFIG, "init_lora_weights": False}}, "init_lora_weights=False beside"),
+        ({"config": {**CONFIG, "lora_bias": True}, "init": "pissa"}, "'lora_bias', a variant of LoRA"),
+        ({"init": "pissa", "init_options": {"iteration": 3}}, "'iteration', which is no setting of init='pissa'"),
+        ({"init": "olora", "init_options": {"iterations": 3}}, "It has none"),
+        ({"init": "pissa", "init_options": {"iterations": -3}}, "iterations=-3"),
+        ({"init": "pissa", "init_options": {"quantize_residual": "nf4"}}, "'quantize_residual', which is not offered"),
+        ({"init": "lora_ga", "init_options": {"direction": "up"}}, "direction='up' is unknown"),
+        ({"init": "lora_ga", "init_options": {"exact": "yes"}}, "exact='yes' is not true or false"),
+        ({"init": "eva", "init_options": {"rho": 0.5}}, "rho=0.5"),
+        ({"init": "eva", "init_options": {"tau": 1.5}}, "tau=1.5"),
+        ({"init": "corda", "init_options": {"method": "x"}}, "method='x' is unknown"),
+        ({"init_loss": "nowhere.loss"}, "init_loss='nowhere.loss' cannot be imported"),
+        ({"init_loss": "math.pi"}, "is no function but a float"),
+    ],
+)
+def test_settings_are_refused_at_construction(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Adapters(**{"config": CONFIG, **settings})
+
+
+def refused(words: str, callback: Adapters, module: Net | None = None, **settings: Any) -> str:
+    """Fit, expect an error that has these words, and that the module is as it was."""
+    module = Net() if module is None else module
+    before = copy.deepcopy(module.state_dict())
+    flags = [parameter.requires_grad for parameter in module.parameters()]
+    gradients = [parameter.grad for parameter in module.parameters()]
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        fit(module, callback, **{"steps": 1, **settings})
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items() if value.device.type != "meta")
+    assert [parameter.requires_grad for parameter in module.parameters()] == flags
+    assert all(p.grad is grad for p, grad in zip(module.parameters(), gradients, strict=True))
+    return str(caught.value)
+
+
+def test_layers_that_are_not_there_are_listed() -> None:
+    told = refused("q_proj", Adapters({"r": 4, "target_modules": ["q_proj"]}))
+    assert "first (Linear), norm (BatchNorm1d), second (Linear)" in told
+    refused("no submodule 'net'; its submodules are 'model', 'head'", Adapters(CONFIG, model="net"))
+    refused("trainable has 'heads.*'", Adapters(CONFIG, trainable=["heads.*"]))
+
+
+@pytest.mark.parametrize(("init", "most"), [("pissa", 12), ("olora", 12), ("lora_ga", 6), ("mica", 12)])
+def test_a_rank_above_the_smaller_side_is_refused(init: str, most: int) -> None:
+    told = refused(f"layer 'first' has a rank of r={most + 1}", Adapters({**CONFIG, "r": most + 1}, init=init))
+    assert f"up to {most} " in told
+    fit(Net(), Adapters({**CONFIG, "r": most + 1}), steps=1)  # plain adapters may be as wide as they like
+
+
+def test_an_odd_rank_is_refused_where_it_is_split() -> None:
+    refused("Choose an even r", Adapters({**CONFIG, "r": 3}, init="orthogonal"))
+
+
+@pytest.mark.parametrize("init", ["pissa", "lora_ga", "eva", "olora", "orthogonal", "corda"])
+def test_a_layer_of_another_kind_is_refused_and_not_started_otherwise(init: str) -> None:
+    module = Net()
+    module.model.first = nn.Sequential(nn.Unflatten(1, (1, 12)), nn.Conv1d(1, 20, 12), nn.Flatten())
+    config = {"r": 1 if init != "orthogonal" else 2, "target_modules": ["first.1", "second"]}
+    refused(
+        f"init={init!r} is made for Linear and Conv1D, and layer 'first.1' is a Conv1d",
+        Adapters(config, init=init),
+        module,
+    )
+
+
+class Tied(Net):
+    """A language model whose embedding is its head."""
+
+    def __init__(self) -> None:
+        super().__init__("llama")
+        self.model.lm_head.weight = self.model.model.embed_tokens.weight
+
+
+def test_tied_weights_are_refused_where_the_base_is_shifted_or_merged() -> None:
+    config = {"r": 4, "target_modules": ["lm_head"]}
+    for init in ("pissa", "olora", "lora_ga", "corda"):
+        told = refused("is tied", Adapters(config, init=init), Tied())
+        assert "model.model.embed_tokens.weight" in told
+        assert "model.lm_head.weight" in told
+    module = Tied()
+    fit(module, Adapters(config, init="eva"), steps=1)
+    with pytest.raises(ValueError, match=r"layer 'lm_head' is tied"):
+        merge_adapters(module)
+
+
+def test_a_layer_in_two_places_is_refused() -> None:
+    module = Net()
+    module.model.again = module.model.first
+    refused("is the same module as 'first' and 'again'", Adapters(CONFIG), module)
+
+
+def test_weights_without_values_are_refused() -> None:
+    module = Net()
+    module.model.first.to("meta")
+    with pytest.raises(NotImplementedError, match="meta") as caught:  # the host cannot tidy such a module up
+        fit(module, Adapters(CONFIG), steps=1)
+    assert "layer 'first' is on the meta device" in str(caught.value.__context__)
+    lazy = Net()
+    lazy.model.first = nn.LazyLinear(20)
+    with pytest.raises(ValueError, match=r"'first.weight' gets its shape from the first batch"):
+        fit(lazy, Adapters(CONFIG), steps=1)
+
+
+def test_quantized_weights_are_refused_where_the_base_is_shifted() -> None:
+    module = Net()
+    module.model.first.weight = nn.Parameter(module.model.first.weight.detach().to(torch.int8), requires_grad=False)
+    refused("which is quantized or no plain tensor", Adapters(CONFIG, init="pissa"), module)
+    marked = Net()
+    marked.model.first.weight.quant_state = object()
+    refused("which is quantized or no plain tensor", Adapters(CONFIG, init="lora_ga"), marked)
+
+
+def test_dropout_in_front_of_a_part_of_the_weights_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"lora_dropout=0.1 with init='pissa'"):
+        fit(Net(), Adapters({**CONFIG, "lora_dropout": 0.1}, init="pissa"), steps=1)
+    fit(Net(), Adapters({**CONFIG, "lora_dropout": 0.1}, init="eva"), steps=1, data=loader(size=64))
+
+
+@pytest.mark.parametrize("init", ["lora_ga", "eva", "corda"])
+def test_training_data_that_cannot_be_read_beforehand_is_refused(init: str) -> None:
+    class Nothing(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(())
+
+    class Once(IterableDataset[Any]):
+        def __init__(self) -> None:
+            self.left = iter(Samples("mlp"))
+
+        def __iter__(self) -> Iterator[Any]:
+            return self
+
+        def __next__(self) -> Any:
+            return next(self.left)
+
+    refused("gave no batch", adapters(init), data=DataLoader(Nothing(), batch_size=4))
+    refused("gives each batch once", adapters(init), data=DataLoader(Once(), batch_size=4))
+    refused("the run has none", adapters(init), limit_train_batches=0)
+
+
+def test_a_training_step_without_a_loss_is_refused() -> None:
+    class Skips(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            return None
+
+    class Detached(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx).detach()
+
+    class Manual(Net):
+        automatic_optimization = False
+
+    class Needs(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.optimizers()[3]
+
+    for init in ("lora_ga", "eva"):
+        refused("Skips.training_step returned no loss for batch 0", adapters(init), Skips())
+        refused("Manual steps its optimizers itself", adapters(init), Manual())
+        refused("init_loss='package.module.function'", adapters(init), Needs())
+    refused("does not depend on the layers", adapters("lora_ga"), Detached())
+
+
+def test_layers_that_batches_do_not_reach_and_values_that_are_not_finite_are_refused() -> None:
+    class Idle(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model.idle = nn.Linear(12, 12)
+
+    class Broken(Samples):
+        def __getitem__(self, index: int) -> Any:
+            return self.x[index] / 0.0, self.y[index]
+
+    config = {"target_modules": ["first", "idle"]}
+    refused("layer 'idle' over 3 batches is 0", adapters("lora_ga", config=config), Idle())
+    refused("layer 'idle' did not run in 3 batches", adapters("eva", config=config, init_options={"tau": 1.0}), Idle())
+    refused("layer 'idle' did not run in 3 batches", adapters("corda", config=config), Idle())
+    data = DataLoader(Broken("mlp"), batch_size=4)
+    refused("not finite", adapters("lora_ga"), data=data)
+    refused("not finite", adapters("eva"), data=data)
+
+
+def test_inputs_that_are_no_longer_the_same_are_refused() -> None:
+    class Parts(Net):
+        """Two layers have the same input for the first batch, and each its own later."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.ModuleDict({"first": nn.Linear(12, 4), "second": nn.Linear(12, 4)})
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            other = x if self.calls == 0 else x * 2
+            self.calls += 1
+            return (self.model["first"](x) + self.model["second"](other)).sum(1, keepdim=True)
+
+    refused("Set init_options={'share_inputs': False}", adapters("eva"), Parts())
+    fit(Parts(), adapters("eva", init_options={"share_inputs": False}), steps=1)
+
+
+def test_a_resume_with_another_config_or_base_tells_the_differences() -> None:
+    trainer = fit(Net(), adapters("pissa"), steps=2)
+    trainer.save_checkpoint("two.ckpt")
+    resume = {"ckpt_path": "two.ckpt"}
+    told = refused("others than those asked for", adapters("olora", config={"r": 2, "lora_alpha": 4}), **resume)
+    assert "init is 'olora' here and 'pissa' in the checkpoint" in told
+    assert "r is 2 here and 4 in the checkpoint" in told
+    assert "lora_alpha is 4 here and 8 in the checkpoint" in told
+    refused("trainable is ['head.*'] here and [] in", adapters("pissa", trainable=["head.*"]), **resume)
+
+    other = Net()
+    other.model.second.weight.data[3, 3] += 1e-3
+    assert "layer 'second'" in refused("is not the one that the checkpoint's", adapters("pissa"), other, **resume)
+    with pytest.raises(ValueError, match="precision that has lost digits"):
+        load_adapters(Net().bfloat16(), "two.ckpt")
+
+    fit(plain := Net(), steps=2).save_checkpoint("plain.ckpt")
+    refused("the checkpoint has no adapters", adapters("pissa"), plain, ckpt_path="plain.ckpt")
+    with pytest.raises(ValueError, match="has no adapters"):
+        load_adapters(Net(), "plain.ckpt")
+
+
+def test_a_module_with_other_adapters_is_refused() -> None:
+    import peft
+
+    module = Net()
+    fit(module, adapters("pissa"), steps=2).save_checkpoint("two.ckpt")
+    with pytest.raises(ValueError, match=r"the adapters of this module are others.*r is 2 here"):
+        fit(module, adapters("pissa", config={"r": 2}), steps=1)
+    with pytest.raises(ValueError, match="has adapters already"):
+        load_adapters(module, "two.ckpt")
+    started_otherwise = Net()
+    fit(started_otherwise, adapters("pissa", config={"use_rslora": False}, seed=0), steps=1)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        trainer = fit(Net(), adapters("lora_ga"), steps=1, data=loader(shuffle=False))
+    trainer.save_checkpoint("one.ckpt")
+    second = Net()
+    fit(second, adapters("lora_ga"), steps=1, seed=77)
+    with pytest.raises(ValueError, match="another start than the checkpoint's"):
+        Trainer(callbacks=[adapters("lora_ga")], logger=False, accelerator="cpu").test(
+            second, loader(shuffle=False), ckpt_path="one.ckpt", verbose=False
+        )
+    foreign = Net()
+    peft.inject_adapter_in_model(peft.LoraConfig(**CONFIG), foreign.model)
+    with pytest.raises(ValueError, match="has adapters of peft already"):
+        fit(foreign, adapters("pissa"), steps=1)
+    with pytest.raises(ValueError, match="no adapters that Adapters made"):
+        merge_adapters(Net())
+
+
+def test_a_model_that_is_built_anew_in_each_run_is_refused_in_the_second() -> None:
+    class Rebuilds(Net):
+        def configure_model(self) -> None:
+            self.model = Net().model
+
+    module, callback = Rebuilds(), adapters("default")
+    trainer = fit(module, callback, steps=1)
+    with pytest.raises(ValueError, match="had adapters and has none now"):
+        trainer.test(module, loader(shuffle=False), verbose=False)
+
+
+def test_company_that_copies_the_module_before_is_refused() -> None:
+    with pytest.raises(ValueError, match="Adapters and StochasticWeightAveraging"):
+        fit(Net(), adapters("default"), StochasticWeightAveraging(swa_lrs=0.1), steps=1)
+
+
+def test_strategies_without_whole_weights_or_with_forked_processes_are_refused() -> None:
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    for strategy, words in ((ModelParallelStrategy(), "whole weights"), (DDPStrategy(), "spawned or forked")):
+        strategy._launcher = _MultiProcessingLauncher(strategy, start_method="fork")
+        trainer._accelerator_connector.strategy = strategy
+        with pytest.raises(ValueError, match=words):
+            adapters("default").setup(trainer, Net(), "fit")
