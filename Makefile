@@ -13,7 +13,8 @@ help:
 	@echo "make bench-NAME   run benchmarks/NAME.py (wsd, ema, balanced_ema, sharpness_cost, sharpness_effect,"
 	@echo "                  gradient_stabilisers, gradient_overhead, stability_gap, evaluation_cost, co2_overlap,"
 	@echo "                  co2_quality, time_to_loss, co2_memory, compression, robustness,"
-	@echo "                  simulation_cost, lowbit_stability, float8_gpu, import_time)"
+	@echo "                  simulation_cost, lowbit_stability, float8_gpu, peft_init_cost,"
+	@echo "                  peft_convergence, import_time)"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
