@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -11,6 +12,7 @@ from lightning_stable.functional._simulated_layers import Quantized
 from lightning_stable.functional.fading_helper import Helper, helper_alphas, helper_factors, helper_ranks
 from lightning_stable.functional.simulated import quantized_layers
 from lightning_stable.precision._host import optimizer_steps, total_steps
+from lightning_stable.precision._names import grouped
 from lightning_stable.precision._parts import Part
 
 __all__ = ["FadingHelper"]
@@ -36,6 +38,28 @@ class FadingHelper(Part):
         self._step = -1  # for which the layers were told last
         self._factors: _Factors = {}
         self._alphas: list[float] = []
+        self._told = False
+
+    @override
+    def line(self) -> str:
+        ranks = ", ".join(map(str, self._ranks))
+        length = "that divide the fit evenly" if self._phase_steps is None else f"of {self._phase_steps} steps"
+        return f"A helper beside each quantized weight has {len(self._ranks)} phases {length}, of rank {ranks}."
+
+    @override
+    def begin(self, pl_module: LightningModule) -> None:
+        rank, sides = self._ranks[0], dict[int, list[str]]()
+        for name, layer in _helped(pl_module).items():
+            side = min(cast(Tensor, layer.weight).flatten(1).shape)
+            if side <= rank:
+                sides.setdefault(side, []).append(name)
+        if sides:
+            layers = ", ".join(f"{grouped(sides[side])} ({side})" for side in sorted(sides))
+            rank_zero_warn(
+                f"helper_rank={rank} of {self._owner} is cut to the smaller side of the weight, where that is no "
+                f"larger: {layers}. While the rank of a phase is that large, the helper makes up for all that rounding "
+                "took at the start of the phase. Take a lower rank, or leave such layers out with exclude."
+            )
 
     @override
     def before_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -52,6 +76,8 @@ class FadingHelper(Part):
             return
         if self._phase_steps is None:
             self._phase_steps = self._shared(total_steps(trainer))
+        if not self._told:
+            self._tell_end(self._phase_steps, total_steps(trainer))
         phase, within = divmod(step, self._phase_steps)
         if phase >= len(self._ranks):
             self._factors, self._alphas = {}, []
@@ -61,6 +87,21 @@ class FadingHelper(Part):
             self._alphas = helper_alphas(self._ranks[phase], within / self._phase_steps)
         self._phase, self._step = phase, step
         self.apply(pl_module)
+
+    def _tell_end(self, phase_steps: int, total: float | None) -> None:
+        self._told = True
+        phases = len(self._ranks)
+        if total is None or phases * phase_steps <= total:
+            return
+        fitting = int(total) // phases
+        rank_zero_warn(
+            f"helper_rank={self._ranks[0]} of {self._owner} fades over {phases} phases of {phase_steps} optimizer "
+            f"steps, {phases * phase_steps} in all, and training is over after {int(total)}. At its end there is still "
+            f"a helper of rank {self._ranks[int(total) // phase_steps]}, which is in the plugin's state alone and not "
+            "in the saved weights. "
+            + (f"Take helper_phase_steps={fitting} or less" if fitting else "Take a lower rank")
+            + ", or train for longer."
+        )
 
     def _shared(self, total: float | None) -> int:
         if total is None:
@@ -110,12 +151,20 @@ class FadingHelper(Part):
 def _factors(trainer: Trainer, pl_module: LightningModule, rank: int) -> _Factors:
     """Return L and R of each layer whose weight is quantized, those of the first process in all of them."""
     found: _Factors = {}
-    for name, state in quantized_layers(pl_module).items():
-        layer = pl_module.get_submodule(name)
-        if state.weights is not None and isinstance(layer, Quantized):
-            found[name] = list(helper_factors(layer.weight_error(), rank))
+    for name, layer in _helped(pl_module).items():
+        found[name] = list(helper_factors(layer.weight_error(), rank))
     if trainer.world_size == 1:
         return found
     # Equal weights need not have equal factors to the last bit, where machines or their loads differ.
     moved = {name: [factor.cpu() for factor in pair] for name, pair in found.items()}
     return dict(trainer.strategy.broadcast(moved))
+
+
+def _helped(pl_module: LightningModule) -> dict[str, Quantized]:
+    """Return the layers whose weight is quantized, by name."""
+    layers = {name: (pl_module.get_submodule(name), state) for name, state in quantized_layers(pl_module).items()}
+    return {
+        name: layer
+        for name, (layer, state) in layers.items()
+        if state.weights is not None and isinstance(layer, Quantized)
+    }

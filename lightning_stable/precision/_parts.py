@@ -25,6 +25,10 @@ class Part(ABC):
     def __init__(self, owner: str) -> None:
         self._owner = owner
 
+    def line(self) -> str:
+        """Return what the first line of a fit says of it, in sentences; nothing if there is nothing to say."""
+        return ""
+
     def begin(self, pl_module: LightningModule) -> None:
         """Prepare a fit of a module whose layers are converted; errors should come here."""
         return

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -15,7 +16,7 @@ from lightning_stable._glue.quiet import QuietPass, loss_of, own_loss, quiet_dep
 from lightning_stable.functional.simulated import matches, quantized_layers
 from lightning_stable.functional.teacher_intervention import inject, keep, outermost
 from lightning_stable.precision._first_batch import all_layers, why_not_again
-from lightning_stable.precision._host import optimizer_steps
+from lightning_stable.precision._host import optimizer_steps, total_steps
 from lightning_stable.precision._names import grouped
 from lightning_stable.precision._parts import Part
 
@@ -41,6 +42,7 @@ class TeacherIntervention(Part):
         self._gradients = gradients
         self._weights: dict[str, Tensor] = {}
         self._over = False
+        self._told = False
         self._names: list[str] = []
         self._mode = ""  # "teacher" or "student" while the step of one of them runs
         self._kept: dict[str, list[list[Tensor | None]]] = {}
@@ -51,6 +53,15 @@ class TeacherIntervention(Part):
         self._quiet = QuietPass()
         self._wrap: MethodWrap | None = None
         self._hooks: list[RemovableHandle] = []
+
+    @override
+    def line(self) -> str:
+        patterns = ", ".join(map(repr, self._patterns))
+        source = "the start" if self._frozen else "the step"
+        return (
+            f"Until optimizer step {self._steps} the outputs of {patterns} are those of a teacher, with the weights of "
+            f"{source}."
+        )
 
     @override
     def begin(self, pl_module: LightningModule) -> None:
@@ -82,6 +93,7 @@ class TeacherIntervention(Part):
     @override
     def before_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._passes = 0
+        self._tell_end(trainer)
         self._over = self._over or optimizer_steps(trainer) >= self._steps
         if self._over:
             self._weights = {}
@@ -113,6 +125,18 @@ class TeacherIntervention(Part):
         if self._wrap is not None:
             self._wrap.undo()
         self._wrap = None
+
+    def _tell_end(self, trainer: Trainer) -> None:
+        if self._told:
+            return
+        self._told, total = True, total_steps(trainer)
+        if total is not None and self._steps >= total:
+            rank_zero_warn(
+                f"teacher_steps={self._steps} of {self._owner} is no shorter than training, which is over after "
+                f"{int(total)} optimizer steps. The teacher's outputs are there in each of them, and what follows its "
+                "modules never trains on their own outputs, which it gets in validation. Take fewer teacher_steps, or "
+                "train for longer."
+            )
 
     # ------------------------------------------------------------------ the two passes
 

@@ -13,6 +13,7 @@ Example:
 
 import hashlib
 import inspect
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
@@ -25,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lightning_stable.functional.simulated import convert, restore
+from lightning_stable.functional.simulated import convert, quantized_layers, restore
 from lightning_stable.precision._first_batch import FirstBatch
 from lightning_stable.precision._host import host_precision, refuse_sharded, trainer_of
 from lightning_stable.precision._names import layers_line, unused_patterns
@@ -45,10 +46,11 @@ class SimulatedPrecision(Precision):
     gradients too; everything else computes in ``compute``. Layers are converted in place while the Trainer runs and
     are themselves again afterwards; names in checkpoints are those of the module, and tied weights stay tied.
 
-    At the start of a fit a line says what was converted and what was left out; patterns that do nothing are warned
-    about. On the first batch the layers are checked: one that does not quantize is an error, one that does not run is
-    warned about. The cosine between the quantized and the exact gradient of the converted layers is reported, with a
-    warning below 0.9, from two further passes that leave no trace.
+    At the start of a fit a line says what was converted, what was left out, and how long a helper or a teacher acts.
+    Patterns that do nothing are warned about, and a helper or a teacher that outlasts the fit. On the first batch the
+    layers are checked: one that does not quantize is an error, one that does not run is warned about. The cosine
+    between the quantized and the exact gradient of the converted layers is reported, with a warning below 0.9, from two
+    further passes that leave no trace.
 
     Stochastic rounding draws from a generator of its own, seeded for each batch from ``seed``, the process and the
     number of batches so far. That number is in the checkpoint, and a run resumes bit by bit.
@@ -159,6 +161,8 @@ class SimulatedPrecision(Precision):
         self._batches = 0  # that were trained on
         self._evaluated = 0  # since then
         self._parts = self._new_parts()
+        # The module that what was found belongs to; ``None`` before the first one, which is given what was loaded.
+        self._found_on: weakref.ref[nn.Module] | None = None
 
     # ------------------------------------------------------------------ hooks, in the host's order
 
@@ -184,11 +188,14 @@ class SimulatedPrecision(Precision):
         if isinstance(self._rest, MixedPrecision):
             self._rest.device = device.type
         self._generator = torch.Generator(device) if self.recipe.is_random else None
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
-            self._convert(module)
-            return module
-        self._batches, self._parts = 0, self._new_parts()
-        self._begin_fit(trainer, module, self._convert(module))
+        fitted = trainer if trainer is not None and trainer.state.fn == TrainerFn.FITTING else None
+        if fitted is not None or (self._found_on is not None and self._found_on() is not module):
+            # What was found on another module would go to layers of the same names.
+            self._batches, self._parts = 0, self._new_parts()
+        self._found_on = weakref.ref(module)
+        names = self._convert(module)
+        if fitted is not None:
+            self._begin_fit(fitted, module, names)
         return module
 
     @override
@@ -249,12 +256,29 @@ class SimulatedPrecision(Precision):
         return state
 
     @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The host leaves out a state that is empty, and would leave what was found before.
+        if type(self).__qualname__ not in checkpoint:
+            self.load_state_dict({})
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._batches = int(state_dict.get("batches", 0))
+        if self._first_batch is None:
+            # Outside of a fit, so that nothing stays of what was found before.
+            self._parts = self._new_parts()
+            for state in quantized_layers(self._converted).values() if self._converted is not None else ():
+                state.weights, state.activations, state.gradients = self.recipe
+        if self._converted is None:
+            self._found_on = None
         for part in self._parts:
             part.load_state_dict(state_dict)
             if self._converted is not None:
                 part.apply(self._converted)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak reference does not go to another process, and nor does the module itself.
+        return {**self.__dict__, "_found_on": None}
 
     def __str__(self) -> str:
         # What the host says of a precision that it cannot take.
@@ -292,9 +316,10 @@ class SimulatedPrecision(Precision):
     def _begin_fit(self, trainer: Trainer, module: nn.Module, names: list[str]) -> None:
         owner, include, exclude = type(self).__name__, self.settings["include"], self.settings["exclude"]
         operands = "; ".join(f"{operand} {describe(found)}" for operand, found in self.recipe._asdict().items())
+        lines = [layers_line(module, names, include, exclude), *(part.line() for part in self._parts)]
         rank_zero_info(
             f"{owner}: {len(names)} layers converted ({operands}); the rest computes in {self.precision}. "
-            f"{layers_line(module, names, include, exclude)}"
+            f"{' '.join(line for line in lines if line)}"
         )
         for warning in unused_patterns(module, names, *self._own):
             rank_zero_warn(f"{owner}: {warning}")

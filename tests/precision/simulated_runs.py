@@ -2,8 +2,10 @@
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from contract.harness import Net, SaveAt, assert_same, fit
@@ -13,7 +15,11 @@ from torch import nn
 
 from lightning_stable._glue.quiet import is_quiet
 from lightning_stable.functional.simulated import quantized_layers
+from lightning_stable.precision import simulated
 from lightning_stable.precision.simulated import SimulatedPrecision
+
+# Fits of a few steps, which a helper or a teacher outlasts, of layers smaller than a rank.
+SHORT = ("ignore:helper_rank=.* fades over", "ignore:helper_rank=.* is cut", "ignore:teacher_steps=.* is no shorter")
 
 RANDOM: dict[str, Any] = {
     "weights": "int4",
@@ -40,6 +46,15 @@ def taught(modules: Any = ("body.0",), steps: int = 100, **settings: Any) -> Sim
     """Return a precision under which modules have a teacher's outputs."""
     low = {**INT8, "weights": "int3", "activations": "int3", "gradients": None, "check_gradients": False}
     return SimulatedPrecision(**{**low, "teacher_modules": modules, "teacher_steps": steps, **settings})
+
+
+def told_of_fit(**settings: Any) -> tuple[list[str], list[str]]:
+    """Return the lines that are told in a fit, and its warnings."""
+    lines: list[str] = []
+    with warnings.catch_warnings(record=True) as warned, patch.object(simulated, "rank_zero_info", lines.append):
+        warnings.simplefilter("always")
+        fit(**settings)
+    return lines, [str(each.message) for each in warned]
 
 
 def kinds(module):

@@ -1,5 +1,7 @@
 """The fading low-rank helper over a fit: its phases against the twin, resuming, its end, and its settings."""
 
+import pickle
+
 import pytest
 import torch
 from contract.harness import QUIET, Net, SaveAt, Stream, assert_same, differences, fit
@@ -7,12 +9,14 @@ from contract.workers import Pair
 from lightning.pytorch import Trainer
 from oracles.fading_helper_twin import helper, phases, weight_of
 from oracles.simulated_twin import quantized
-from precision.simulated_runs import INT8
+from precision.simulated_runs import INT8, SHORT, told_of_fit
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_stable.functional.fading_helper import helper_matrix
 from lightning_stable.functional.simulated import quantized_layers
 from lightning_stable.precision.simulated import SimulatedPrecision
+
+pytestmark = [pytest.mark.filterwarnings(each) for each in SHORT]
 
 INT4 = {**INT8, "weights": "int4", "activations": None, "gradients": None}
 
@@ -130,6 +134,66 @@ def test_a_second_fit_begins_anew():
         fit([own], module=module, max_steps=6)
     assert [found is None for _, found in second.noted] == [False] * 4 + [True] * 2
     assert torch.equal(first.noted[0][1], second.noted[0][1])
+
+
+FLOATS = {"weights": "e2m1", "activations": None, "gradients": None, "scaling": "none", "exclude": ()}
+
+
+def evaluated(own, module, **settings):
+    """Validate; return the helper and the bias of the first layer."""
+    found = []
+
+    def look(batch, batch_idx):
+        state = quantized_layers(module)["body.0"]
+        found.append((state.helper, state.weights.exponent_bias))
+
+    module.validation_step = look
+    Trainer(**QUIET, plugins=[own]).validate(module, Stream(1), verbose=False, **settings)
+    return found[-1]
+
+
+def test_another_module_has_nothing_of_the_first_one(tmp_path):
+    settings = {"helper_rank": 2, "helper_phase_steps": 9, "search_bias": True, "check_gradients": False}
+    own, first, path = SimulatedPrecision(**FLOATS, **settings), Net(), str(tmp_path / "saved.ckpt")
+    fit([own, SaveAt(2, path)], module=first, max_steps=2)
+    helper, bias = evaluated(own, first)
+    assert helper is not None
+    assert bias is not None
+    assert evaluated(own, Net()) == (None, None)
+    # From a checkpoint it has what is in there.
+    loaded, loaded_bias = evaluated(own, Net(), ckpt_path=path)
+    assert torch.equal(loaded.left, helper.left)
+    assert loaded_bias == bias
+    pickle.dumps(own)
+
+
+def test_a_checkpoint_without_a_state_leaves_nothing_of_the_fit(tmp_path):
+    own, module, path = SimulatedPrecision(**FLOATS, search_bias=True, helper_rank=2), Net(), str(tmp_path / "a.ckpt")
+    fit([SaveAt(1, path)], max_steps=1)
+    fit([own], module=module, max_steps=2)
+    assert evaluated(own, module)[1] is not None
+    assert evaluated(own, module, ckpt_path=path) == (None, None)
+
+
+@pytest.mark.parametrize(("rank", "length", "warned"), [(4, 3, ""), (4, 4, "of rank 1"), (4, 100, "of rank 4")])
+def test_a_helper_that_outlasts_the_fit_is_warned_about(rank, length, warned):
+    lines, warnings = told_of_fit(plugins=[plugin(helper_rank=rank, helper_phase_steps=length)], max_steps=9)
+    found = [each for each in warnings if "fades over" in each]
+    assert len(found) == bool(warned)
+    for each in found:
+        assert f"3 phases of {length} optimizer steps, {3 * length} in all, and training is over after 9." in each
+        assert f"still a helper {warned}" in each
+        assert "Take helper_phase_steps=3 or less" in each
+    assert f"has 3 phases of {length} steps, of rank 4, 2, 1." in lines[0]
+
+
+def test_a_rank_that_is_no_smaller_than_a_side_is_warned_about():
+    sides = {name: min(layer.weight.shape) for name, layer in (("body.0", Net().body[0]), ("head", Net().head))}
+    for rank in (min(sides.values()) - 1, max(sides.values())):
+        _, warnings = told_of_fit(plugins=[plugin(helper_rank=rank)], max_steps=9)
+        found = [each for each in warnings if each.startswith(f"helper_rank={rank} of SimulatedPrecision is cut")]
+        assert len(found) == (rank >= min(sides.values()))
+        assert all(str(side) in each and name in each for each in found for name, side in sides.items())
 
 
 def test_without_a_rank_there_is_none():

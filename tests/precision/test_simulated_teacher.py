@@ -7,6 +7,7 @@ import torch
 from contract.harness import Net, SaveAt, Stream, assert_same, differences, fit
 from contract.workers import Pair
 from lightning.pytorch import Callback
+from precision.simulated_runs import SHORT
 from precision.simulated_runs import taught as plugin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +17,8 @@ from lightning_stable._glue.quiet import QuietPass, is_quiet, own_loss, run_trai
 from lightning_stable.callbacks import SAM
 from lightning_stable.functional.quantize import Quantizer
 from lightning_stable.functional.simulated import convert
+
+pytestmark = [pytest.mark.filterwarnings(each) for each in SHORT]
 
 
 class Notes(Net):

@@ -2,11 +2,14 @@
 
 import pytest
 from contract.harness import ManualNet, Net, fit
+from precision.simulated_runs import SHORT, told_of_fit
 from precision.simulated_runs import taught as plugin
 from torch import nn
 
 from lightning_stable._glue.quiet import is_quiet
 from lightning_stable.precision.simulated import SimulatedPrecision
+
+pytestmark = [pytest.mark.filterwarnings(each) for each in SHORT]
 
 
 def test_modules_that_are_not_there_are_named():
@@ -69,3 +72,12 @@ def test_outputs_that_differ_in_shape_are_an_error():
 def test_bad_settings_are_refused_at_once(settings, message):
     with pytest.raises(ValueError, match=message):
         SimulatedPrecision(**settings)
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(4, 0), (5, 1), (400, 1)])
+def test_a_teacher_that_outlasts_the_fit_is_warned_about(steps, warned):
+    lines, warnings = told_of_fit(plugins=[plugin(steps=steps)], max_steps=5)
+    found = [each for each in warnings if each.startswith(f"teacher_steps={steps} of SimulatedPrecision")]
+    assert len(found) == warned
+    assert all("over after 5 optimizer steps" in each for each in found)
+    assert f"Until optimizer step {steps} the outputs of 'body.0' are those of a teacher" in lines[0]
