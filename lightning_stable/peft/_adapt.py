@@ -9,14 +9,15 @@ from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_stable.peft._beside import marks_beside
 from lightning_stable.peft._checkpoint import fingerprints
 from lightning_stable.peft._config import DATA_INITS, SHIFTING_INITS, plain_config
 from lightning_stable.peft._data_pass import DataPass, Loss, PassReport
 from lightning_stable.peft._initialise import Start, eva_config, gather, start_layers
-from lightning_stable.peft._inject import ADAPTER, inject, let_inputs_need_gradients, matching, trained_names
+from lightning_stable.peft._inject import ADAPTER, inject, let_inputs_need_gradients, matching, take_out, trained_names
 from lightning_stable.peft._ranks import Ranks
 from lightning_stable.peft._record import Record, keep
-from lightning_stable.peft._targets import Target, check_targets, find_model, find_targets
+from lightning_stable.peft._targets import Target, check_names, check_targets, find_model, find_targets
 
 __all__ = ["Wish", "adapt", "convert_first", "keeps_half"]
 
@@ -66,6 +67,7 @@ def adapt(wish: Wish, trainer: Trainer, pl_module: LightningModule) -> None:
     convert_first(trainer, pl_module)
     config, record = copy.deepcopy(wish.config), wish.record()
     model = find_model(owner, pl_module, wish.model)
+    check_names(owner, pl_module, wish.model, config)
     targets = find_targets(owner, model, config)
     check_targets(owner, pl_module, model, targets, wish.init)
     kept = matching(owner, pl_module, wish.trainable)
@@ -81,9 +83,15 @@ def adapt(wish: Wish, trainer: Trainer, pl_module: LightningModule) -> None:
     if wish.init == "eva":
         eva_config(config, model, targets, start.ranks)
         record.base = {name: mark for name, mark in record.base.items() if start.ranks[name]}
+    record.rest = marks_beside(pl_module, targets)
     record.flags = {name: each.requires_grad for name, each in pl_module.named_parameters(remove_duplicate=False)}
-    layers = inject(pl_module, model, config, trainable=kept, seed=wish.seed, upcast=not keeps_half(trainer))
-    record.shift = start_layers(wish.init, layers, start, wish.seed, wish.options, ranks)
+    try:
+        layers = inject(pl_module, model, config, trainable=kept, seed=wish.seed, upcast=not keeps_half(trainer))
+        record.shift = start_layers(wish.init, layers, start, wish.seed, wish.options, ranks)
+    except Exception:
+        # All factors are there before the first base is shifted, so plain layers are the untouched ones.
+        take_out(pl_module, model, record.flags)
+        raise
     record.scaling = {
         name: float(layer.scaling[ADAPTER])
         for name, layer in layers.items()
@@ -131,5 +139,7 @@ def _told(wish: Wish, pl_module: LightningModule, layers: dict[str, Any], report
     text += f"{train:,} of {total:,} parameters train ({train / total:.2%})."
     if report is not None:
         mib = report.peak_bytes / 2**20
-        text += f" {report.batches} batches in {report.seconds:.1f} s, at most {mib:,.0f} MiB in use."
+        text += (
+            f" {report.batches} batches in {report.seconds:.1f} s, which raised the peak of memory by {mib:,.0f} MiB."
+        )
     return text

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_stable.peft._beside import check_beside, marks_of
 from lightning_stable.peft._config import config_differences, plain_config, rebuild_config
 from lightning_stable.peft._initialise import apply_shift
 from lightning_stable.peft._inject import (
@@ -19,7 +21,16 @@ from lightning_stable.peft._inject import (
 from lightning_stable.peft._record import KEY, Record, dtype_of, find_record, fingerprint, keep
 from lightning_stable.peft._targets import Target, find_targets
 
-__all__ = ["complete", "differences", "fingerprints", "reduce_checkpoint", "restore", "stored_record"]
+__all__ = [
+    "check_optimizers",
+    "complete",
+    "differences",
+    "fingerprints",
+    "reduce_checkpoint",
+    "restore",
+    "stored_record",
+    "take_base",
+]
 
 
 def stored_record(owner: str, checkpoint: Mapping[str, Any]) -> Record | None:
@@ -47,8 +58,9 @@ def reduce_checkpoint(module: nn.Module, checkpoint: dict[str, Any], save: str, 
     named = module.named_parameters(remove_duplicate=False)
     record.trained = trained_names(module, [*record.trained, *(name for name, each in named if id(each) in held)])
     checkpoint[KEY] = record.to_checkpoint(path, save)
+    dropped = frozen_names(module, record.trained)
+    checkpoint[KEY]["rest"] = marks_of(record.rest, dropped)
     if save == "adapter":
-        dropped = frozen_names(module, record.trained)
         weights = checkpoint["state_dict"]
         for name in [name for name in weights if name in dropped]:
             del weights[name]
@@ -60,6 +72,38 @@ def complete(module: nn.Module, checkpoint: dict[str, Any], record: Record) -> N
     present = dict(module.named_parameters(remove_duplicate=False))
     for name in frozen_names(module, record.trained):
         weights.setdefault(name, present[name].detach())
+
+
+def take_base(present: Record, stored: Record, *, full: bool) -> None:
+    """Note in the record of an adapted module what a checkpoint that it loads stands on."""
+    present.shift = stored.shift
+    if full:
+        # The base comes from the checkpoint, too.
+        present.base, present.rest, present.config = stored.base, stored.rest, stored.config
+
+
+def check_optimizers(owner: str, module: nn.Module, optimizers: Sequence[Any]) -> None:
+    """Look whether the optimizers hold the adapters' parameters that train; some that are missing are a warning.
+
+    Raises:
+        ValueError: If they hold none.
+    """
+    held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
+    names = adapter_names(module)
+    train = {name: each for name, each in module.named_parameters() if each.requires_grad and name in names}
+    missing = [name for name, each in train.items() if id(each) not in held]
+    if not held or not missing:  # the host's stand-in for no optimizer holds nothing, and the host says so
+        return
+    if len(missing) == len(train):
+        raise ValueError(
+            f"{owner}: no optimizer holds a parameter of the adapters, so they would not train. Build the optimizer in "
+            "configure_optimizers, which runs once they are there, from [p for p in self.parameters() if "
+            "p.requires_grad]."
+        )
+    rank_zero_warn(
+        f"{owner}: {len(missing)} of {len(train)} parameters of the adapters are in no optimizer and do not train: "
+        f"{', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}."
+    )
 
 
 def fingerprints(targets: Mapping[str, Target]) -> dict[str, str]:
@@ -103,6 +147,7 @@ def restore(
     targets = find_targets(owner, model, config)
     full = checkpoint[KEY]["save"] == "full"
     _check_base(owner, targets, record, full)
+    marks = record.rest if full else check_beside(owner, root, targets, record, prefix)
     kept = [] if trainable is None else matching(owner, root, trainable)
     let_inputs_need_gradients(model)
     flags = {name: each.requires_grad for name, each in root.named_parameters(remove_duplicate=False)}
@@ -115,16 +160,23 @@ def restore(
         for name, parameter in root.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(name in trained)
     _take_dtypes(root, checkpoint["state_dict"], targets, record, prefix)
-    restored = Record(**{**vars(record), "trained": trained_names(root, trained), "flags": flags})
+    restored = Record(**{**vars(record), "trained": trained_names(root, trained), "flags": flags, "rest": marks})
     keep(model, restored)
     return restored
 
 
-def differences(record: Record, path: str, present: Record, present_path: str) -> list[str]:
-    """Say in what the adapters of a checkpoint differ from those that are asked for, one phrase each."""
-    found = config_differences({"model": path, "init": record.init}, {"model": present_path, "init": present.init})
-    found += config_differences(_compared(record.asked), _compared(present.asked))
-    return found + config_differences({"trainable": sorted(record.trainable)}, {"trainable": sorted(present.trainable)})
+def differences(record: Record, path: str, present: Record, present_path: str, where: str) -> list[str]:
+    """Say in what adapters differ from those that are asked for, one phrase each; ``where`` says where they are."""
+    first = [
+        {"model": each_path, "init": each.init, "peft_type": each.asked.get("peft_type")}
+        for each, each_path in ((record, path), (present, present_path))
+    ]
+    found = config_differences(first[0], first[1], where)
+    if all(first[0][name] == first[1][name] for name in ("init", "peft_type")):
+        # Adapters of two kinds differ in all else, too.
+        found += config_differences(_compared(record.asked), _compared(present.asked), where)
+    trainable = [{"trainable": sorted(each.trainable)} for each in (record, present)]
+    return found + config_differences(trainable[0], trainable[1], where)
 
 
 def _compared(asked: Mapping[str, Any]) -> dict[str, Any]:

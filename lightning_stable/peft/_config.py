@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from lightning_stable.functional._settings import check_choice
 from lightning_stable.registry import nearest
 
 __all__ = [
@@ -39,7 +38,8 @@ def build_config(owner: str, config: Any, init: str) -> Any:
     Raises:
         ValueError: If the initialiser is unknown, the config is no config, or the two contradict each other.
     """
-    check_choice("init", init, INITS)
+    if init not in INITS:
+        raise ValueError(f"{owner}: init={init!r} is unknown. {nearest(str(init), list(INITS))}")
     if isinstance(config, Mapping):
         fields = dict(config)
         fields.setdefault("peft_type", OWN_TUNERS.get(init, "LORA"))
@@ -53,6 +53,7 @@ def build_config(owner: str, config: Any, init: str) -> Any:
                 "{'r': 8, 'target_modules': ['q_proj', 'v_proj']} or a peft.LoraConfig."
             )
         built = copy.deepcopy(config)
+    _check_numbers(owner, built)
     _check_agreement(owner, built, init)
     if init == "mica":
         built.init_lora_weights = "mica"  # peft freezes one factor by it
@@ -71,11 +72,13 @@ def plain_config(config: Any) -> dict[str, Any]:
     return {name: _plain(value) for name, value in config.to_dict().items() if name not in _ASIDE}
 
 
-def config_differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Say in which fields two plain configs differ, one phrase each."""
+def config_differences(
+    stored: Mapping[str, Any], present: Mapping[str, Any], where: str = "in the checkpoint"
+) -> list[str]:
+    """Say in which fields two plain configs differ, one phrase each; ``where`` says whose ``stored`` is."""
     missing = "nothing"
     return [
-        f"{name} is {present.get(name, missing)!r} here and {stored.get(name, missing)!r} in the checkpoint"
+        f"{name} is {present.get(name, missing)!r} here and {stored.get(name, missing)!r} {where}"
         for name in sorted({*stored, *present})
         if stored.get(name) != present.get(name)
     ]
@@ -101,6 +104,16 @@ def _from_fields(owner: str, fields: dict[str, Any]) -> Any:
         return known[kind](**{**fields, "peft_type": kind})
     except TypeError as error:
         raise ValueError(f"{owner}: config does not make a {known[kind].__name__}: {error}") from error
+
+
+def _check_numbers(owner: str, config: Any) -> None:
+    """Raise ``ValueError`` for a number that was given as something else, such as text with quotes in YAML."""
+    for name in ("r", "lora_alpha", "lora_dropout"):
+        value = getattr(config, name, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(
+                f"{owner}: config has {name}={value!r}, a {type(value).__name__} and no number. Give it without quotes."
+            )
 
 
 def _kind(config: Any) -> str:

@@ -31,7 +31,8 @@ class PassReport(NamedTuple):
     Attributes:
         batches: Batches of this process.
         seconds: Time.
-        peak_bytes: Most memory in use at once: of the CUDA device, else of this process.
+        peak_bytes: By how much it raised the most memory in use at once: of the CUDA device over what was in use
+            before, else of this process over its peak before.
     """
 
     batches: int
@@ -86,6 +87,7 @@ class DataPass:
         device = self._trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        before_bytes = _peak(device)
         with self._quiet() as batches, torch.set_grad_enabled(gradients):
             for number, batch in enumerate(self._bar(islice(batches, self._batches))):
                 moved = to_device(self._trainer, self.module, batch)
@@ -95,11 +97,7 @@ class DataPass:
                     break
             else:
                 self._say_short(done)
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.report = PassReport(done, time.monotonic() - start, peak)
+        self.report = PassReport(done, time.monotonic() - start, _peak(device) - before_bytes)
 
     @contextmanager
     def _quiet(self) -> Iterator[Iterator[Any]]:
@@ -164,6 +162,12 @@ class DataPass:
             return track(batches, told, total=self._batches, transient=True)
         shown: Iterable[Any] = Tqdm(batches, desc=told, total=self._batches, leave=False)
         return shown
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def mean_gradients(data: DataPass, weights: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:

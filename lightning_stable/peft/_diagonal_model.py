@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_stable.functional._settings import check_count
 from lightning_stable.peft._diagonal_layer import DiagonalLayer, LoRAFactors
+from lightning_stable.peft._targets import why_passed_by
 
 __all__ = ["DiagonalConfig", "DiagonalModel", "as_lora"]
 
@@ -195,16 +196,10 @@ def _rank_of(config: DiagonalConfig, name: str) -> int:
 
 def _why_no_layer(layer: nn.Module, parent: nn.Module) -> str | None:
     """Return why an adapter in the place of a layer would not work, or not be asked, if so."""
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "is the projection of a MultiheadAttention, which reads the weight past the layer. Leave it out."
-    if not isinstance(layer, (nn.Linear, Conv1D)):
+    passed_by = why_passed_by(layer, parent)
+    if passed_by is None and not isinstance(layer, (nn.Linear, Conv1D)):
         return f"is of type {type(layer).__name__}; only Linear and transformers' Conv1D can be adapted. Leave it out."
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        return (
-            "is part of a TransformerEncoderLayer, whose fast path in evaluation reads the weight past the layer. Call "
-            "torch.backends.mha.set_fastpath_enabled(False) first, or leave it out."
-        )
-    return None
+    return passed_by
 
 
 def _why_no_weight(weight: Any) -> str | None:

@@ -16,6 +16,7 @@ import torch
 from lightning_stable.functional._settings import check_choice
 from lightning_stable.peft._export_lora import native, plain_lora, write_folder
 from lightning_stable.peft._export_merge import BaseOfTraining, write_complete
+from lightning_stable.peft._export_names import lost_in_adapter, names_note, renamed
 from lightning_stable.peft._export_read import Trained, read_trained
 
 __all__ = ["FORMS", "Exported", "export_adapter"]
@@ -68,11 +69,14 @@ def export_adapter(
 
 
 def _write_lora(trained: Trained, base: BaseOfTraining | None, folder: Path, out: Path) -> Exported:
+    notes = lost_in_adapter(trained) + names_note(trained, base is not None)
+    if base is not None:
+        trained = renamed(trained, base.rename_in_model)
     parts, config = plain_lora(trained)
     write_folder(folder, trained, parts, config, _name_of(trained, base))
     ranks = sorted({len(found[name]) for found in parts.values() for name in found if "_A" in name})
     of_rank = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
-    return Exported(f"LoRA of {of_rank} for {len(parts)} layers of the untouched base", _not_in_adapter(trained))
+    return Exported(f"LoRA of {of_rank} for {len(parts)} layers of the untouched base", notes)
 
 
 def _write_merged(trained: Trained, base: BaseOfTraining | None, folder: Path, out: Path) -> Exported:
@@ -88,8 +92,7 @@ def _write_merged(trained: Trained, base: BaseOfTraining | None, folder: Path, o
 
 
 def _write_native(trained: Trained, base: BaseOfTraining | None, folder: Path, out: Path) -> Exported:
-    parts, config = native(trained)
-    notes = _not_in_adapter(trained)
+    notes = lost_in_adapter(trained) + names_note(trained, base is not None)
     name = _name_of(trained, base)
     if trained.record.shift:
         if base is None:
@@ -101,6 +104,9 @@ def _write_native(trained: Trained, base: BaseOfTraining | None, folder: Path, o
         (folder / "base").mkdir()
         notes += base.write_shifted(folder / "base")
         name = str((out / "base").resolve())
+    if base is not None:
+        trained = renamed(trained, base.rename_in_model)
+    parts, config = native(trained)
     write_folder(folder, trained, parts, config, name)
     if trained.kind != "LORA":
         notes.append(
@@ -113,20 +119,6 @@ def _write_native(trained: Trained, base: BaseOfTraining | None, folder: Path, o
 def _name_of(trained: Trained, base: BaseOfTraining | None) -> str | None:
     """Return what a PEFT config names as the base."""
     return trained.source or (None if base is None else str(base.base.folder.resolve()))
-
-
-def _not_in_adapter(trained: Trained) -> list[str]:
-    """Say what was trained that a PEFT folder has no place for."""
-    biases = trained.record.config.get("bias", "none") != "none"
-    names = [name for name in trained.trained if not (biases and name.endswith(".bias"))]
-    inside = [name.replace(".base_layer.", ".") for name in names]
-    lost = [f"{trained.model}.{name}" if trained.model else name for name in inside] + list(trained.outside)
-    if not lost:
-        return []
-    return [
-        f"Trained too, but not in the folder, as they are of no adapter: {', '.join(lost)}. With them the model is "
-        "another one. Name modules in the config's modules_to_save to have them in it, or export with --as merged."
-    ]
 
 
 def _check_target(out: Path, base: Path | None, force: bool) -> None:

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from lightning_stable.peft._record import dtype_of, fingerprint
 
-__all__ = ["Base", "Change", "check_base", "name_in_base", "open_base", "tied_heads", "write_base"]
+__all__ = [
+    "Base",
+    "Change",
+    "Rename",
+    "check_base",
+    "name_in_base",
+    "name_in_model",
+    "open_base",
+    "tied_heads",
+    "write_base",
+]
 
 Change = Callable[[Tensor], Tensor]
 """What becomes of a tensor of the base; shape and dtype stay."""
@@ -80,7 +90,23 @@ def open_base(folder: Path) -> Base:
     )
 
 
-def name_in_base(layers: Iterable[str], base: Base, tied: Iterable[str]) -> Callable[[str], str]:
+class Rename(NamedTuple):
+    """A change of how names begin.
+
+    Attributes:
+        less: What is taken away.
+        more: What is put before.
+    """
+
+    less: str = ""
+    more: str = ""
+
+    def __call__(self, name: str) -> str:
+        """Return the other name."""
+        return self.more + name.removeprefix(self.less)
+
+
+def name_in_base(layers: Iterable[str], base: Base, tied: Iterable[str]) -> Rename:
     """Return what turns a name in the adapted module into the one that the folder has.
 
     They differ in what comes first: the folder is of the model within the adapted module, or of the one around it.
@@ -95,13 +121,12 @@ def name_in_base(layers: Iterable[str], base: Base, tied: Iterable[str]) -> Call
     """
     wanted, known = sorted(f"{layer}.weight" for layer in layers), base.files.keys() | set(tied)
 
-    def lost(rename: Callable[[str], str]) -> list[str]:
+    def lost(rename: Rename) -> list[str]:
         return [name for name in wanted if rename(name) not in known]
 
-    renames: list[Callable[[str], str]] = [lambda name: name]
-    first = wanted[0].split(".")
-    renames += [_less(".".join(first[:count]) + ".") for count in range(1, len(first) - 1)]
-    renames += [_more(other.removesuffix(wanted[0])) for other in known if other.endswith(f".{wanted[0]}")]
+    renames, first = [Rename()], wanted[0].split(".")
+    renames += [Rename(less=".".join(first[:count]) + ".") for count in range(1, len(first) - 1)]
+    renames += [Rename(more=other.removesuffix(wanted[0])) for other in known if other.endswith(f".{wanted[0]}")]
     best = min(renames, key=lambda rename: len(lost(rename)))
     if missing := lost(best):
         raise ValueError(
@@ -111,12 +136,28 @@ def name_in_base(layers: Iterable[str], base: Base, tied: Iterable[str]) -> Call
     return best
 
 
-def _less(prefix: str) -> Callable[[str], str]:
-    return lambda name: name.removeprefix(prefix)
+def name_in_model(in_files: Rename, base: Base) -> Rename:
+    """Return what turns a name in the adapted module into the one in the model that transformers builds of the folder.
 
+    The files may be of the part of the model that is without its head, as those of GPT-2 on the hub are.
 
-def _more(prefix: str) -> Callable[[str], str]:
-    return lambda name: prefix + name
+    Args:
+        in_files: What turns it into the one of the files, from :func:`name_in_base`.
+        base: The folder.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    headless = {
+        name for found in MODEL_MAPPING_NAMES.values() for name in ([found] if isinstance(found, str) else found)
+    }
+    for architecture in base.config.get("architectures") or []:
+        part = getattr(getattr(transformers, architecture, None), "base_model_prefix", "")
+        has_part = bool(part) and architecture not in headless
+        in_names = any(name.startswith(f"{part}.") for name in base.files)
+        if has_part and not in_names and f".{in_files.less}".endswith(f".{part}."):
+            return Rename(less=in_files.less.removesuffix(f"{part}."))
+    return in_files
 
 
 def check_base(base: Base, marks: dict[str, str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Adapters as plain LoRA on the base as it was before training, and as a folder that PEFT loads."""
 
 import dataclasses
+import importlib
 import json
 import math
 from collections import Counter
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_stable.functional._diagonal import diagonal_step
-from lightning_stable.peft._config import plain_config
+from lightning_stable.peft._config import OWN_TUNERS, plain_config
 from lightning_stable.peft._export_read import Trained
 
 __all__ = ["Parts", "factors", "native", "plain_lora", "write_folder"]
@@ -63,10 +64,10 @@ def plain_lora(trained: Trained, *, joined: bool = True) -> tuple[Parts, dict[st
         config = {name: record.config.get(name) for name in _SHARED} | {"peft_type": "LORA", "init_lora_weights": True}
         return parts, config | _ranks(parts, dict.fromkeys(parts, 1.0), rslora=False)
     config = {**record.config, **dict.fromkeys(_FOUND_BY), "loftq_config": {}, "init_lora_weights": True}
-    if not joined or not record.shift:
-        return trained.layers, config
-    parts = {layer: _joined(found, record.shift.get(layer)) for layer, found in trained.layers.items()}
-    return parts, config | _ranks(parts, record.scaling, rslora=bool(config.get("use_rslora")))
+    parts = trained.layers
+    if joined and record.shift:
+        parts = {layer: _joined(found, record.shift.get(layer)) for layer, found in parts.items()}
+    return parts, config | _patterns(trained, parts)
 
 
 def _diagonal_as_lora(trained: Trained, layer: str) -> dict[str, Tensor]:
@@ -99,6 +100,21 @@ def _joined(parts: dict[str, Tensor], first: dict[str, Tensor] | None) -> dict[s
     }
 
 
+def _patterns(trained: Trained, parts: Parts) -> dict[str, Any]:
+    """Return the fields of a config that name layers by the end of their names, with whole names instead.
+
+    PEFT takes the first key that fits, and writes them in the order of the alphabet.
+    """
+    config = trained.record.config
+    if config.get("target_parameters"):  # their keys are of parameters, and their factors stacked
+        return {}
+    if trained.kind == "LORA":
+        known = {layer: found for layer, found in parts.items() if layer in trained.record.scaling}
+        return _ranks(known, trained.record.scaling, rslora=bool(config.get("use_rslora"))) if known else {}
+    rank = {layer: found[f"{trained.kind.lower()}_vector"].numel() for layer, found in parts.items()}
+    return {"rank_pattern": {f"^{layer}": r for layer, r in rank.items() if r != config["r"]}}
+
+
 def _ranks(parts: Parts, scaling: dict[str, float], rslora: bool) -> dict[str, Any]:
     """Return the fields of a config that give each layer the rank of its tensors and its scaling."""
     rank = {layer: len(found[factors(found)[0]]) for layer, found in parts.items()}
@@ -124,7 +140,9 @@ def native(trained: Trained) -> tuple[Parts, dict[str, Any]]:
 
     On a shifted base the config does not say how the first factors were found: PEFT would shift the base once more.
     """
-    return plain_lora(trained, joined=False) if trained.record.shift else (trained.layers, trained.record.config)
+    if trained.record.shift:
+        return plain_lora(trained, joined=False)
+    return trained.layers, trained.record.config | _patterns(trained, trained.layers)
 
 
 def write_folder(folder: Path, trained: Trained, parts: Parts, config: dict[str, Any], base: str | None) -> None:
@@ -148,6 +166,8 @@ def write_folder(folder: Path, trained: Trained, parts: Parts, config: dict[str,
     contiguous = {f"base_model.model.{name}": tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
+    if config["peft_type"] in OWN_TUNERS.values():
+        importlib.import_module(f"lightning_stable.peft.{config['peft_type'].lower()}")  # registers itself with peft
     known = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]])}
     fields = {name: value for name, value in config.items() if name in known - {"peft_version", "runtime_config"}}
     if fields.get("target_modules") in (None, "all-linear") and not fields.get("target_parameters"):
@@ -155,7 +175,8 @@ def write_folder(folder: Path, trained: Trained, parts: Parts, config: dict[str,
     built = PeftConfig.from_peft_type(**{**fields, "inference_mode": True})  # checks them, and completes them
     written = {**plain_config(built), "peft_version": built.peft_version}
     written["base_model_name_or_path"] = fields.get("base_model_name_or_path") or base
-    text = json.dumps(written, indent=2, sort_keys=True) + "\n"
+    # The order within a pattern is kept: PEFT takes the first key that fits.
+    text = json.dumps(dict(sorted(written.items())), indent=2) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
 

@@ -4,8 +4,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lightning_stable.peft._export_base import Change, check_base, name_in_base, open_base, tied_heads, write_base
+from lightning_stable.peft._export_base import (
+    Change,
+    check_base,
+    name_in_base,
+    name_in_model,
+    open_base,
+    tied_heads,
+    write_base,
+)
 from lightning_stable.peft._export_lora import Parts, plain_lora
+from lightning_stable.peft._export_names import not_in_folder
 from lightning_stable.peft._export_read import Trained
 from lightning_stable.peft._export_weight import is_transposed, merged_weight, refuse_variants, shifted_weight
 from lightning_stable.peft._record import dtype_of
@@ -33,6 +42,7 @@ class BaseOfTraining:
         marks = trained.record.base
         known = {self._source(f"{layer}.weight"): marks[layer] for layer in trained.layers if layer in marks}
         self.unchecked = check_base(self.base, known)
+        self.rename_in_model = name_in_model(self.rename, self.base)
 
     def write_merged(self, out: Path) -> list[str]:
         """Write the model with the adapters in its weights; return notes for the reader."""
@@ -50,7 +60,7 @@ class BaseOfTraining:
         present = {name: change for name, change in changes.items() if name in self.base.files}
         write_base(self.base, out, present, self._added(changes, apart), untie=bool(apart))
         lost = [name for name in unplaced if name in {_bare(name) for name in self.trained.trained}]
-        return [*self._rounding(), *_left_out("the base has no such tensors", [*lost, *self.trained.outside])]
+        return [*self._rounding(), *_left_out(self.trained, lost)]
 
     def write_shifted(self, out: Path) -> list[str]:
         """Write the base as training had it, without the product of the first factors; return notes."""
@@ -73,7 +83,9 @@ class BaseOfTraining:
         def change_of(layer: str) -> Change:
             def change(before: Tensor) -> Tensor:
                 weight, scaling = self._as_trained(layer, before), _scaling(self.trained, layer)
-                if layer in record.shift:  # with its rounding, which the adapter was trained on
+                if (name := f"{layer}.base_layer.weight") in self.trained.trained:
+                    weight = self.trained.base[name]  # shifted already, where it was shifted
+                elif layer in record.shift:  # with its rounding, which the adapter was trained on
                     weight = shifted_weight(weight, record.shift[layer], scaling, transposed=turned[layer])
                 return merged_weight(weight, parts[layer], scaling, transposed=turned[layer])
 
@@ -104,7 +116,8 @@ class BaseOfTraining:
         for head, source in self.heads.items():
             if head not in self.base.files and {head, source} & apart:
                 before = self.base.read(source)
-                added[head] = changes[head](before).to(before.dtype) if head in apart else before.clone()
+                # One that is not adapted may have trained with the other's weight.
+                added[head] = changes[head](before).to(before.dtype) if head in changes else before.clone()
         return added
 
     def _rounding(self) -> list[str]:
@@ -146,7 +159,7 @@ def write_complete(trained: Trained, out: Path) -> list[str]:
     return [
         "There are weights only. Put config.json and the tokenizer's files of the base beside them, or give its folder "
         "by --base.",
-        *_left_out("they are outside of the adapted module", list(trained.outside)),
+        *_left_out(trained, []),
     ]
 
 
@@ -173,5 +186,7 @@ def _instead(tensor: Tensor) -> Change:
     return lambda _: tensor
 
 
-def _left_out(why: str, names: list[str]) -> list[str]:
-    return [f"Trained too, but not in the folder, as {why}: {', '.join(names)}."] if names else []
+def _left_out(trained: Trained, lost: list[str]) -> list[str]:
+    """Say what was trained that a folder of the model has no place for."""
+    names = [f"{trained.model}.{name}" if trained.model else name for name in lost] + list(trained.outside)
+    return [not_in_folder(trained.path, "of no tensor of the base", names)] if names else []

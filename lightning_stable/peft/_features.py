@@ -74,7 +74,11 @@ class Components:
             width = features.shape[-1]
             ranks = max(self._ranks.values())
             before = init_pca(width, eva_components(ranks, self._rho, width), device=features.device)
-        after = update_pca(before, features if mask is None else features[mask])
+        rows = features if mask is None else features[mask]
+        self.states[name] = before
+        if rows.numel() == 0:
+            return
+        after = update_pca(before, rows)
         self.states[name] = after
         settled = converged(before, after, self._tau)
         # A layer that runs several times in a batch is settled when each of them moved nothing.
@@ -133,6 +137,7 @@ def principal_components(
         with _Watch(layers, components.take) as watch:
             data.run(watch.begin, lambda _loss: components.end_of_batch(), gradients=False)
         _check_all_ran(data, layers, set(components.leaders))
+        _check_rows(data, "eva", {name for name, state in components.states.items() if not int(state.rows)})
 
     data.ranks.together(look)
     structures = data.ranks.every(components.leaders)
@@ -154,9 +159,13 @@ def covariances(data: DataPass, layers: Mapping[str, nn.Module]) -> dict[str, Te
     widths = {name: base_matrix(layer).shape[1] for name, layer in layers.items()}
     sums = {name: torch.zeros(width, width) for name, width in widths.items()}
     runs = {name: torch.zeros(()) for name in layers}
+    ran: set[str] = set()
 
     def take(name: str, features: Tensor, mask: Tensor | None) -> None:
         rows = (features if mask is None else features[mask]).reshape(-1, features.shape[-1]).float()
+        ran.add(name)
+        if rows.numel() == 0:
+            return
         rows = rows / rows.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
         sums[name] += (rows.T @ rows).cpu()
         runs[name] += 1
@@ -164,7 +173,8 @@ def covariances(data: DataPass, layers: Mapping[str, nn.Module]) -> dict[str, Te
     def look() -> None:
         with _Watch(layers, take) as watch:
             data.run(watch.begin, lambda _loss: False, gradients=False)
-        _check_all_ran(data, layers, {name for name, count in runs.items() if count})
+        _check_all_ran(data, layers, ran)
+        _check_rows(data, "corda", {name for name, count in runs.items() if not count})
 
     data.ranks.together(look)
     return {name: data.ranks.total(total) / data.ranks.total(runs[name]) for name, total in sums.items()}
@@ -176,7 +186,7 @@ class _Watch:
     def __init__(self, layers: Mapping[str, nn.Module], take: Callable[[str, Tensor, Tensor | None], None]) -> None:
         self._layers = layers
         self._take = take
-        self._mask: Tensor | None = None
+        self._masks: list[Tensor] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> "_Watch":
@@ -190,18 +200,18 @@ class _Watch:
 
     def begin(self, batch: Any) -> None:
         """Note which positions of a batch are padding or have no label, where it says so."""
-        self._mask = None
+        self._masks = []
         if isinstance(batch, Mapping):
-            masks = [batch["attention_mask"] != 0] if isinstance(batch.get("attention_mask"), Tensor) else []
+            if isinstance(batch.get("attention_mask"), Tensor):
+                self._masks.append(batch["attention_mask"] != 0)
             if isinstance(batch.get("labels"), Tensor):
-                masks.append(batch["labels"] != _IGNORED)
-            if masks and all(mask.shape == masks[0].shape for mask in masks):
-                self._mask = reduce(torch.logical_and, masks)
+                self._masks.append(batch["labels"] != _IGNORED)
 
     def _look(self, name: str, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = args[0] if args else next(iter(kwargs.values()))
-        mask = self._mask
-        self._take(name, given, mask if mask is not None and mask.shape == given.shape[:-1] else None)
+        # Each says something of this input only if it has its rows: labels may be one a sequence.
+        masks = [mask for mask in self._masks if mask.shape == given.shape[:-1]]
+        self._take(name, given, reduce(torch.logical_and, masks) if masks else None)
 
 
 def _check_all_ran(data: DataPass, layers: Mapping[str, nn.Module], ran: set[str]) -> None:
@@ -210,6 +220,15 @@ def _check_all_ran(data: DataPass, layers: Mapping[str, nn.Module], ran: set[str
         raise ValueError(
             f"{data.owner}: layer {idle[0]!r} did not run in {data.report.batches} batches, so nothing is known of its "
             "input. Leave it out of target_modules, or give more init_batches."
+        )
+
+
+def _check_rows(data: DataPass, init: str, empty: set[str]) -> None:
+    if empty:
+        raise ValueError(
+            f"{data.owner}: init={init!r} has no rows to start layer {sorted(empty)[0]!r} from: attention_mask and "
+            f"labels of {data.report.batches} batches leave out every position ({_IGNORED} is a label that does not "
+            "count). Look at the masks, or give more init_batches."
         )
 
 

@@ -70,6 +70,11 @@ def _states(loader: Any) -> Iterator[tuple[Any, Any]]:
     dataset = getattr(loader, "dataset", None)
     samplers = [getattr(loader, "sampler", None), batches := getattr(loader, "batch_sampler", None)]
     samplers.append(getattr(batches, "sampler", None))
+    if not isinstance(dataset, IterableDataset):
+        # Of a dataset with an index only what it draws from: a cache of its own may stay, and may be large.
+        for value in getattr(dataset, "__dict__", {}).values():
+            if isinstance(value, torch.Generator):
+                yield value, value.get_state()
     parts = [*samplers, dataset if isinstance(dataset, IterableDataset) else None]
     for part in {id(each): each for each in [loader, *parts] if each is not None}.values():
         for value in getattr(part, "__dict__", {}).values():

@@ -236,6 +236,11 @@ def _eva(data: DataPass, targets: dict[str, Target], options: dict[str, Any]) ->
     )
     states = principal_components(data, components, layers)
     ranks = data.ranks.every(components.given_ranks(states))[0]
+    if not any(ranks.values()):
+        raise ValueError(
+            f"{data.owner}: init='eva' found no directions to start from: what goes into the layers does not vary over "
+            f"{data.report.batches} batches. Look at the inputs, or give more init_batches."
+        )
     leaders = components.leaders
     whiten = options.get("whiten", False)
     first = {name: eva_factor(states[leaders[name]], rank, whiten) for name, rank in ranks.items() if rank}

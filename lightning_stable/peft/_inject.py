@@ -23,6 +23,7 @@ __all__ = [
     "matching",
     "merge",
     "set_base",
+    "take_out",
     "trained_names",
 ]
 
@@ -160,6 +161,29 @@ def merge(owner: str, module: nn.Module) -> None:
         flag = flags.get(name, flags.get(name.removeprefix(start)))
         if flag is not None:
             parameter.requires_grad_(flag)
+
+
+def take_out(root: nn.Module, model: nn.Module, flags: dict[str, bool]) -> None:
+    """Undo an injection whose start failed, in place: plain layers back, and ``requires_grad`` as before.
+
+    Args:
+        root: The outermost module.
+        model: The part of it that has adapters, or some of them.
+        flags: ``requires_grad`` of the untouched parameters, by the names that ``root`` gives them.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, layer in list(tuner_layers(model)):
+        parent_path, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent_path), child, layer.get_base_layer())
+    for name, part in list(model.named_modules()):
+        if isinstance(part, ModulesToSaveWrapper):
+            parent_path, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent_path), child, part.original_module)
+    vars(model).pop("peft_config", None)
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if name in flags:
+            parameter.requires_grad_(flags[name])
 
 
 def _refuse_tied(owner: str, module: nn.Module, model: nn.Module) -> None:

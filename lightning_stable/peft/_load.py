@@ -46,6 +46,9 @@ def load_adapters(
         >>> load_adapters(model, "last.ckpt")  # doctest: +SKIP
     """
     owner = "load_adapters"
+    if not isinstance(cast(Any, module), nn.Module):
+        told = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+        raise TypeError(f"{owner}: module is {told}. Give a module that is built: load_adapters(Net(), 'last.ckpt').")
     loaded = _read(checkpoint, weights_only)
     record = _record_of(owner, loaded, module)
     path: str = loaded[KEY]["model"]
@@ -78,6 +81,11 @@ def load_from_checkpoint(cls: type[_Lightning], checkpoint_path: str | os.PathLi
         ValueError: If the base is not the one that was adapted.
     """
     owner = "load_from_checkpoint"
+    if not (isinstance(cls, type) and issubclass(cls, LightningModule)):
+        raise TypeError(
+            f"{owner}: cls is a {type(cls).__name__}, not a LightningModule's class. The class comes first and the "
+            "checkpoint second: load_from_checkpoint(Net, 'last.ckpt')."
+        )
     target = _class_of(cls, checkpoint_path, kwargs.get("weights_only"))
     original = vars(target).get("on_load_checkpoint")
     inherited = target.on_load_checkpoint

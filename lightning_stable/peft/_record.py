@@ -31,6 +31,7 @@ class Record:
         shift: First factors ``a`` (rank, in) and ``b`` (out, rank) of layers whose base was shifted, on the CPU.
         base: Fingerprint of the untouched weight, by layer.
         trained: Names of parameters that train or have trained, as the outermost module has them.
+        rest: Fingerprints of parameters beside ``base``, by the names that the untouched outermost module has.
         flags: Which parameters of the untouched module trained, by name; not in checkpoints.
     """
 
@@ -42,6 +43,7 @@ class Record:
     shift: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)
+    rest: dict[str, str] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
 
     def to_checkpoint(self, path: str, save: str) -> dict[str, Any]:
@@ -56,6 +58,7 @@ class Record:
             "scaling": dict(self.scaling),
             "shift": self.shift,
             "base": dict(self.base),
+            "rest": {},
             "save": save,
             "trained": list(self.trained),
         }
@@ -73,7 +76,8 @@ class Record:
                 f"format {FORMAT}. Load it with the version of lightning-stable that wrote it."
             )
         names = ("init", "config", "asked", "trainable", "scaling", "shift", "base", "trained")
-        return cls(**{name: stored[name] for name in names})
+        # Checkpoints of before have no fingerprints of the rest.
+        return cls(**{name: stored[name] for name in names}, rest=stored.get("rest", {}))
 
 
 def keep(model: nn.Module, record: Record) -> None:
@@ -111,7 +115,10 @@ def fingerprint(weight: Tensor) -> str:
     bits = values.contiguous().view(integers).flatten()
     sample = bits[:: -(-len(bits) // _SAMPLE)].cpu()
     digest = hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:32]
-    return f"{dtype}|{shape}|{digest}|{int(bits.sum(dtype=torch.int64))}"
+    # Eight bytes at a time where they divide, which is many times as fast as to widen each number.
+    whole = bits.numel() * bits.element_size() % 8 == 0
+    total = bits.view(torch.int64).sum() if whole else bits.sum(dtype=torch.int64)
+    return f"{dtype}|{shape}|{digest}|{int(total)}"
 
 
 def dtype_of(mark: str) -> torch.dtype | None:

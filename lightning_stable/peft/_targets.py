@@ -1,17 +1,29 @@
 """Which layers a PEFT config is for, found out and checked before anything of the module is changed."""
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_stable.peft._config import DATA_INITS, SHIFTING_INITS
 
-__all__ = ["Target", "check_targets", "find_model", "find_targets", "is_transposed", "quiet_peft", "tuner_layers"]
+__all__ = [
+    "Target",
+    "check_names",
+    "check_targets",
+    "find_model",
+    "find_targets",
+    "is_transposed",
+    "quiet_peft",
+    "tuner_layers",
+    "why_passed_by",
+]
 
 # What needs the weight as a matrix, or the layer's input.
 _NEEDS_MATRIX = (*SHIFTING_INITS, *DATA_INITS, "orthogonal", "mica", "loldu", "svfit")
@@ -26,6 +38,7 @@ class Target(NamedTuple):
         alpha: Its alpha, 0 where there is none.
         scaling: Factor of its product, 0 where there is none.
         dropout: Probability of dropout in front of the adapter.
+        low_rank: Whether the adapter is a product of two factors of that rank.
     """
 
     layer: nn.Module
@@ -33,6 +46,7 @@ class Target(NamedTuple):
     alpha: float
     scaling: float
     dropout: float
+    low_rank: bool = False
 
 
 def find_model(owner: str, module: nn.Module, path: str | None) -> nn.Module:
@@ -51,6 +65,48 @@ def find_model(owner: str, module: nn.Module, path: str | None) -> nn.Module:
             f"{owner}: {type(module).__name__} has no submodule {path!r}; its submodules are {children}. Give the path "
             "of the one to adapt as model, or model=None for the whole module."
         ) from error
+
+
+def check_names(owner: str, root: nn.Module, path: str | None, config: Any) -> None:
+    """Raise ``ValueError`` if a name in ``target_modules`` is none of the model's, though others may be."""
+    model = find_model(owner, root, path)
+    if getattr(config, "trainable_token_indices", None):
+        raise ValueError(
+            f"{owner}: config has trainable_token_indices, which is not offered. Train the embedding as a whole, by "
+            "trainable=['*embed_tokens*'] or modules_to_save."
+        )
+    if path and not any(True for _ in model.children()):
+        parent, _, name = path.rpartition(".")
+        raise ValueError(
+            f"{owner}: model={path!r} is a single layer ({type(model).__name__}), which cannot be replaced within "
+            f"itself. Give the module around it, model={parent or None!r}, and name the layer in target_modules: "
+            f"[{name!r}]."
+        )
+    names = [name for name, _ in model.named_modules()]
+    asked = getattr(config, "target_modules", None)
+    if isinstance(asked, str):
+        stray = [asked] if asked.lower() != "all-linear" and not any(_fits(asked, name) for name in names) else []
+    else:
+        ends = {name[at:] for name in names for at in (0, *(dot.end() for dot in re.finditer(r"\.", name)))}
+        stray = sorted(set(asked or ()) - ends)
+    if not stray:
+        return
+    told = f"{owner}: target_modules has {stray[0]!r}, which matches no layer of {type(model).__name__}."
+    if path and stray[0].startswith(f"{path}."):
+        told += f" Names are relative to model={path!r}: give {stray[0].removeprefix(f'{path}.')!r}."
+    raise ValueError(f"{told} Layers with weights: {_listed(model)}.")
+
+
+def why_passed_by(layer: nn.Module, parent: nn.Module) -> str | None:
+    """Return why an adapter in the place of a layer would not be asked, if so: the parent reads the weight itself."""
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "is the projection of a MultiheadAttention, which reads the weight past the layer. Leave it out."
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        return (
+            "is part of a TransformerEncoderLayer, whose fast path in evaluation reads the weight past the layer. Call "
+            "torch.backends.mha.set_fastpath_enabled(False) first, or leave it out."
+        )
+    return None
 
 
 def find_targets(owner: str, model: nn.Module, config: Any) -> dict[str, Target]:
@@ -103,6 +159,9 @@ def check_targets(owner: str, root: nn.Module, model: nn.Module, targets: dict[s
     shared = _shared_modules(model)
     for name, target in targets.items():
         _check_weight(owner, name, target)
+        passed_by = why_passed_by(target.layer, model.get_submodule(name.rpartition(".")[0]))
+        if passed_by is not None:
+            raise ValueError(f"{owner}: layer {name!r} {passed_by}")
         if id(target.layer) in shared:
             raise ValueError(
                 f"{owner}: layer {name!r} is the same module as {' and '.join(shared[id(target.layer)])}: an adapter "
@@ -111,6 +170,7 @@ def check_targets(owner: str, root: nn.Module, model: nn.Module, targets: dict[s
             )
         if init in _NEEDS_MATRIX:
             _check_matrix(owner, name, target, init)
+        _check_rank(owner, name, target, init)
         if init in SHIFTING_INITS:
             _check_shift(owner, name, target, init, places)
 
@@ -175,6 +235,7 @@ def _target(layer: Any, original: nn.Module) -> Target:
         _first_number(layer, "lora_alpha") or 0.0,
         _first_number(layer, "scaling") or 0.0,
         dropout,
+        hasattr(layer, "lora_A"),
     )
 
 
@@ -204,13 +265,27 @@ def _check_matrix(owner: str, name: str, target: Target, init: str) -> None:
             f"{owner}: init={init!r} is made for Linear and Conv1D, and layer {name!r} is a {type(layer).__name__}. "
             "Leave it out of target_modules, or take init='default'."
         )
-    if rank is None:
-        return
-    if init == "orthogonal" and rank % 2:
+    if init == "orthogonal" and rank is not None and rank % 2:
         raise ValueError(
             f"{owner}: layer {name!r} has a rank of r={rank}; init='orthogonal' splits it in two. Choose an even r."
         )
-    room, needed = min(cast(Tensor, layer.weight).shape), 2 * rank if init == "lora_ga" else rank
+
+
+def _fits(expression: str, name: str) -> bool:
+    try:
+        return re.fullmatch(expression, name) is not None
+    except re.error:
+        return True  # for peft to refuse
+
+
+def _check_rank(owner: str, name: str, target: Target, init: str) -> None:
+    """Refuse more directions than the weight has."""
+    weight, rank = getattr(target.layer, "weight", None), target.rank
+    if rank is None or not isinstance(weight, Tensor) or weight.dim() != 2:
+        return
+    if not (target.low_rank or init in _NEEDS_MATRIX) or hasattr(weight, "quant_state"):
+        return
+    room, needed = min(weight.shape), 2 * rank if init == "lora_ga" else rank
     if needed > room:
         why = "takes two singular vectors a rank, which" if init == "lora_ga" else "with this rank"
         raise ValueError(

@@ -22,12 +22,21 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_stable._glue.method_wrap import MethodWrap
 from lightning_stable.functional._settings import check_choice, check_count
 from lightning_stable.peft._adapt import Wish, adapt, convert_first, keeps_half
-from lightning_stable.peft._checkpoint import complete, differences, reduce_checkpoint, restore, stored_record
+from lightning_stable.peft._checkpoint import (
+    check_optimizers,
+    complete,
+    differences,
+    reduce_checkpoint,
+    restore,
+    stored_record,
+    take_base,
+)
 from lightning_stable.peft._config import build_config
 from lightning_stable.peft._data_pass import Loss
 from lightning_stable.peft._inject import merge
@@ -127,6 +136,12 @@ class Adapters(Callback):
         def begin(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
             self._begin(trainer, pl_module)
             original(*args, **kwargs)
+            if trainer.state.fn == TrainerFn.FITTING and find_record(pl_module) is not None:
+                check_optimizers(self._wish.owner, pl_module, trainer.optimizers)
+
+        def fail(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+            original(*args, **kwargs)
+            self._undo_wraps()
 
         self._wraps = [
             # The host calls the module's hooks for checkpoints of weights alone, too, and before it loads any.
@@ -134,6 +149,8 @@ class Adapters(Callback):
             MethodWrap(pl_module, "on_save_checkpoint", save),
             # The last moment at which the module is whole and unwrapped, with its weights and without optimizers.
             MethodWrap(trainer.strategy, "setup", begin),
+            # After an exception: what comes when all callbacks have had their on_exception, and may have saved.
+            MethodWrap(trainer.strategy, "on_exception", fail),
         ]
 
     @override
@@ -141,10 +158,6 @@ class Adapters(Callback):
         if self.merge_on_end and find_record(pl_module) is not None:
             merge(type(self).__name__, pl_module)
             self._adapted.discard(pl_module)
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._undo_wraps()
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -172,6 +185,11 @@ class Adapters(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             adapt(self._wish, trainer, pl_module)
             self._adapted.add(pl_module)
+        else:
+            rank_zero_warn(
+                f"{owner}: {type(pl_module).__name__} has no adapters and no checkpoint gave it any, so it runs as the "
+                "plain base. Give ckpt_path, or fit first."
+            )
 
     def _prepare_load(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make the module what the checkpoint's weights are of, and add to these what the base gives."""
@@ -197,7 +215,7 @@ class Adapters(Callback):
             self._adapted.add(pl_module)
         else:
             _refuse_other_start(owner, found[2], stored, checkpoint[KEY]["save"])
-            found[2].shift = stored.shift
+            take_base(found[2], stored, full=checkpoint[KEY]["save"] == "full")
         complete(pl_module, checkpoint, stored)
 
     def _reduce(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -206,7 +224,8 @@ class Adapters(Callback):
 
     def _refuse_others(self, record: Record, path: str, whose: str) -> None:
         """Raise ``ValueError`` if adapters are others than those asked for."""
-        found = differences(record, path, self._wish.record(), self._wish.model or "")
+        where = "in the checkpoint" if whose == "the checkpoint" else "in the module"
+        found = differences(record, path, self._wish.record(), self._wish.model or "", where)
         if found:
             raise ValueError(
                 f"{self._wish.owner}: the adapters of {whose} are others than those asked for: {'; '.join(found)}. "
@@ -263,7 +282,10 @@ def _refuse_other_start(owner: str, present: Record, stored: Record, save: str) 
         for name, factors in present.shift.items()
         for part in ("a", "b")
     )
-    if save != "full" and not (same and present.base == stored.base and present.scaling == stored.scaling):
+    beside = all(stored.rest.get(name, mark) == mark for name, mark in present.rest.items())
+    alike = present.scaling == stored.scaling
+    # All weights of a full checkpoint are loaded, but not how many directions each layer has, and by what they count.
+    if not alike or (save != "full" and not (same and beside and present.base == stored.base)):
         raise ValueError(
             f"{owner}: the module has adapters with another start than the checkpoint's, so its base is another one. "
             "Build the module anew, and load the checkpoint into that."

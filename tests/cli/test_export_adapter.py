@@ -1,6 +1,11 @@
 """``export-adapter``: from a recipe's run to folders that PEFT and transformers load; what it refuses, in one line."""
 
 import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +113,41 @@ def test_wrong_use_is_one_line_and_exit_code_2(arguments, parts, checkpoint_of, 
     for part in parts:
         assert part in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["svfit", "loldu"])
+def test_native_adapters_in_a_fresh_process(name, checkpoint_of, tmp_path):
+    out = tmp_path / "out"
+    words = ["export-adapter", str(checkpoint_of(name)), str(out), "--as", "native"]
+    code = f"import sys; from lightning_stable.cli.main import main; sys.exit(main({words!r}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == name.upper()
+
+
+def test_the_guides_example_works_from_an_empty_folder(tmp_path, monkeypatch, capsys):
+    assert main(["show", "export_adapter"]) == 0
+    guide = capsys.readouterr().out
+    bash = re.search(r"```bash\n(.*?)```", guide, re.S)[1]
+    python = re.search(r"```text\n(.*?)```", guide, re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    small = ["--data.max_bytes", "60000", "--vars.batch_size", "2", "--vars.sequence_length", "16"]
+    quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.max_steps", "2"]
+    for line in bash.splitlines():
+        program, *words = shlex.split(line)
+        if program == "python":
+            exec(words[1], {})  # noqa: S102  a line of ours
+        else:
+            assert program == "lightning-stable"
+            assert main([*words, *small, *quiet] if words[0] == "run" else words) == 0
+    names = {"AutoModelForCausalLM": AutoModelForCausalLM, "PeftModel": PeftModel}
+    adapted, merged = (dict(names), dict(names))
+    first, second, third = python.splitlines()
+    exec(f"{first}\n{second}", adapted)  # noqa: S102
+    exec(third, merged)  # noqa: S102
+    torch.testing.assert_close(logits(adapted["model"]), logits(merged["model"]), rtol=1e-4, atol=1e-5)
+    start = AutoModelForCausalLM.from_pretrained(Path("base"))
+    assert not torch.equal(logits(start), logits(merged["model"]))
 
 
 def test_force_and_notes(checkpoint_of, tmp_path, capsys):

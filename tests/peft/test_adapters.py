@@ -197,6 +197,31 @@ def test_eva_leaves_padding_and_unlabelled_tokens_out() -> None:
         assert torch.equal(*found), key
 
 
+def test_eva_leaves_padding_out_with_one_label_a_sequence() -> None:
+    class Sequences(Samples):
+        def __init__(self, filler: int) -> None:
+            super().__init__("llama")
+            self.filler = filler
+
+        def __getitem__(self, index: int) -> Any:
+            tokens = self.x[index].clone()
+            tokens[4:] = self.filler
+            mask = torch.tensor([1] * 4 + [0] * 4)
+            return {"input_ids": tokens, "labels": torch.tensor(index % 2), "attention_mask": mask}
+
+    class Sums(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.model(input_ids=batch["input_ids"]).logits.square().mean()
+
+    found = []
+    for filler in (1, 9):
+        module, start = Sums("llama"), AtStart()
+        data = DataLoader(Sequences(filler), batch_size=4)
+        fit(module, adapters("eva", "llama", init_options={"rho": 1.0}), start, steps=1, data=data)
+        found.append(start.state["model.model.layers.0.self_attn.q_proj.lora_A.default.weight"])
+    assert torch.equal(*found)
+
+
 def test_a_head_that_trains_and_parameters_that_do_not_are_as_asked() -> None:
     _, start = started("pissa", trainable=["head.*", "model.first.bias"])
     others = [name for name in start.train if "lora_" not in name]
@@ -268,8 +293,10 @@ def test_a_second_fit_goes_on_with_the_same_adapters() -> None:
 def test_without_a_fit_the_module_stays_plain() -> None:
     module = Net()
     trainer = Trainer(callbacks=[adapters("eva")], **QUIET)
-    trainer.validate(module, loader(shuffle=False), verbose=False)
-    trainer.predict(module, loader(shuffle=False))
+    with pytest.warns(UserWarning, match="runs as the plain base"):
+        trainer.validate(module, loader(shuffle=False), verbose=False)
+    with pytest.warns(UserWarning, match="runs as the plain base"):
+        trainer.predict(module, loader(shuffle=False))
     assert find_record(module) is None
     assert module.state_dict().keys() == Net().state_dict().keys()
 
@@ -392,3 +419,18 @@ def test_gradients_reach_layers_within_checkpointed_segments() -> None:
     before = module.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.clone()
     fit(module, adapters("lora_ga", "llama"), steps=2)
     assert not torch.equal(module.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight, before)
+
+
+def test_a_dataset_that_draws_by_itself_goes_on_as_without_a_data_pass() -> None:
+    class Draws(Samples):
+        def __init__(self) -> None:
+            super().__init__("mlp")
+            self.generator = torch.Generator().manual_seed(4)
+
+        def __getitem__(self, index: int) -> Any:
+            return self.x[index] + torch.randn(12, generator=self.generator), self.y[index]
+
+    plain, module = Net(), Net()
+    for net, callbacks in ((plain, []), (module, [adapters("lora_ga")])):
+        fit(net, *callbacks, steps=4, data=DataLoader(Draws(), batch_size=4))
+    assert all(torch.equal(a, b) for a, b in zip(plain.seen, module.seen, strict=True))

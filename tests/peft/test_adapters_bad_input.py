@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_stable.peft import load_adapters, merge_adapters
+from lightning_stable.peft import load_adapters, load_from_checkpoint, merge_adapters
 from lightning_stable.peft.adapters import Adapters
 
 CONFIG = {"r": 4, "target_modules": ["first"]}
@@ -28,6 +28,8 @@ CONFIG = {"r": 4, "target_modules": ["first"]}
         ({"init_batches": 0}, "init_batches=0"),
         ({"seed": -1}, "seed=-1"),
         ({"trainable": "head.*"}, "one text"),
+        ({"init": "pisa"}, "Did you mean 'pissa'"),
+        ({"config": {**CONFIG, "r": "8"}}, "config has r='8', a str"),
         ({"config": 3}, "config is a int, not a PEFT config"),
         ({"config": {**CONFIG, "rank": 4}}, "'rank', which is no field of LoraConfig"),
         ({"config": {**CONFIG, "peft_type": "LORRA"}}, "peft_type='LORRA' is unknown. Did you mean 'LORA'"),
@@ -89,7 +91,12 @@ def test_layers_that_are_not_there_are_listed() -> None:
 def test_a_rank_above_the_smaller_side_is_refused(init: str, most: int) -> None:
     told = refused(f"layer 'first' has a rank of r={most + 1}", Adapters({**CONFIG, "r": most + 1}, init=init))
     assert f"up to {most} " in told
-    fit(Net(), Adapters({**CONFIG, "r": most + 1}), steps=1)  # plain adapters may be as wide as they like
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian"])
+def test_a_rank_above_the_smaller_side_is_refused_for_plain_adapters_too(init: str) -> None:
+    told = refused("layer 'first' has a rank of r=13", Adapters({**CONFIG, "r": 13}, init=init))
+    assert "up to 12 " in told
 
 
 def test_an_odd_rank_is_refused_where_it_is_split() -> None:
@@ -248,6 +255,8 @@ def test_a_resume_with_another_config_or_base_tells_the_differences() -> None:
     resume = {"ckpt_path": "two.ckpt"}
     told = refused("others than those asked for", adapters("olora", config={"r": 2, "lora_alpha": 4}), **resume)
     assert "init is 'olora' here and 'pissa' in the checkpoint" in told
+    assert "r is 2" not in told  # another kind differs in all else, too
+    told = refused("others than those asked for", adapters("pissa", config={"r": 2, "lora_alpha": 4}), **resume)
     assert "r is 2 here and 4 in the checkpoint" in told
     assert "lora_alpha is 4 here and 8 in the checkpoint" in told
     refused("trainable is ['head.*'] here and [] in", adapters("pissa", trainable=["head.*"]), **resume)
@@ -269,7 +278,7 @@ def test_a_module_with_other_adapters_is_refused() -> None:
 
     module = Net()
     fit(module, adapters("pissa"), steps=2).save_checkpoint("two.ckpt")
-    with pytest.raises(ValueError, match=r"the adapters of this module are others.*r is 2 here"):
+    with pytest.raises(ValueError, match=r"the adapters of this module are others.*r is 2 here and 4 in the module"):
         fit(module, adapters("pissa", config={"r": 2}), steps=1)
     with pytest.raises(ValueError, match="has adapters already"):
         load_adapters(module, "two.ckpt")
@@ -319,3 +328,79 @@ def test_strategies_without_whole_weights_or_with_forked_processes_are_refused()
         trainer._accelerator_connector.strategy = strategy
         with pytest.raises(ValueError, match=words):
             adapters("default").setup(trainer, Net(), "fit")
+
+
+def test_names_that_match_nothing_beside_others_are_refused() -> None:
+    told = refused("target_modules has 'q_proj'", Adapters({"r": 4, "target_modules": ["first", "q_proj"]}))
+    assert "first (Linear)" in told
+    refused("relative to model='model': give 'first'", Adapters({"r": 4, "target_modules": ["model.first"]}))
+    refused("relative to model='model': give 'first'", Adapters({"r": 4, "target_modules": "model.first"}))
+    refused("model='model.first' is a single layer (Linear)", Adapters(CONFIG, model="model.first"))
+    refused("trainable_token_indices, which is not offered", Adapters({**CONFIG, "trainable_token_indices": [1]}))
+
+
+class Encoder(Net):
+    """A layer that reads the weights of its parts itself, in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.unsqueeze(1))[:, 0]
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian", "mica", "pissa", "lora_ga", "eva"])
+def test_layers_whose_parent_reads_their_weight_are_refused(init: str) -> None:
+    for name, words in (("out_proj", "MultiheadAttention"), ("linear1", "fast path")):
+        refused(words, Adapters({"r": 4, "target_modules": [name]}, init=init), Encoder())
+
+
+def test_an_optimizer_without_the_adapters_is_refused_and_one_with_some_is_warned_of() -> None:
+    class Early(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def configure_optimizers(self) -> Any:
+            return self.optimizer
+
+    class Some(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for name, p in self.named_parameters() if "lora_B" in name], lr=0.1)
+
+    with pytest.raises(ValueError, match="no optimizer holds a parameter of the adapters"):
+        fit(Early(), adapters("default"), steps=1)
+    with pytest.warns(UserWarning, match=r"2 of 4 parameters of the adapters are in no optimizer.*first.lora_A"):
+        fit(Some(), adapters("default"), steps=1)
+
+
+def test_a_start_that_fails_leaves_the_module_plain() -> None:
+    module = Net()
+    nn.init.zeros_(module.model.second.weight)
+    refused("second", adapters("pissa"), module)
+    assert type(module.model.first) is nn.Linear
+    fit(module, adapters("default"), steps=1)
+
+
+class Masked(Samples):
+    def __init__(self, counts: int) -> None:
+        super().__init__("llama")
+        self.counts = counts
+
+    def __getitem__(self, index: int) -> Any:
+        mask = torch.tensor([1] * self.counts + [0] * (8 - self.counts))
+        return {"input_ids": self.x[index], "labels": self.x[index], "attention_mask": mask}
+
+
+@pytest.mark.parametrize("init", ["eva", "corda"])
+def test_batches_of_padding_alone_are_refused(init: str) -> None:
+    callback = adapters(init, "llama")
+    refused(f"init={init!r} has no rows", callback, Net("llama"), data=DataLoader(Masked(0), batch_size=4))
+
+
+def test_arguments_in_the_wrong_places_are_told() -> None:
+    with pytest.raises(TypeError, match="module is the class Net"):
+        load_adapters(Net, "last.ckpt")
+    with pytest.raises(TypeError, match="The class comes first"):
+        load_from_checkpoint("last.ckpt", Net)

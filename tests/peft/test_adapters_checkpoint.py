@@ -316,3 +316,52 @@ def test_a_record_is_found_on_the_adapted_part_only() -> None:
     assert find_record(module) is None
     fit(module, steps=1).save_checkpoint("plain.ckpt")
     assert KEY not in torch.load("plain.ckpt", weights_only=True)
+
+
+def test_an_adapter_checkpoint_after_a_full_one_of_another_base_is_of_that_base() -> None:
+    def other() -> Net:
+        module = Net()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.5)
+        return module
+
+    fit(other(), adapters("default", save="full"), steps=3).save_checkpoint("full.ckpt")
+    module = Net()
+    fit(module, adapters("default"), steps=1)
+    trainer = fit(module, adapters("default"), steps=6, ckpt_path="full.ckpt")
+    trainer.save_checkpoint("small.ckpt")
+    assert torch.equal(outputs(load_adapters(other(), "small.ckpt"), "mlp"), outputs(module, "mlp"))
+    with pytest.raises(ValueError, match="is not the one that the checkpoint's"):
+        load_adapters(Net(), "small.ckpt")
+
+
+@pytest.mark.parametrize("most", [256, 1])
+def test_another_frozen_head_is_refused(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_stable.peft._beside._MOST", most)
+    trained("pissa")
+    other = Net()
+    other.head.weight.data[0, 0] += 1e-3
+    with pytest.raises(ValueError, match=r"beside the adapted layers" if most == 1 else r"'head.weight', which lies"):
+        load_adapters(other, "last.ckpt")
+    load_adapters(Net(), "last.ckpt")
+    old = torch.load("last.ckpt", weights_only=True)
+    del old[KEY]["rest"]
+    load_adapters(other, old)  # of a version that did not note it
+    trained("pissa", trainable=["head.*"])
+    load_adapters(other := Net(), "last.ckpt")
+
+
+def test_a_checkpoint_of_weights_alone_that_a_later_callback_saves_on_an_exception_is_whole(tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == 3:
+                raise RuntimeError("stop here")
+
+    module, names = Net(), set(vars(Net()))
+    keep = ModelCheckpoint(tmp_path, save_weights_only=True, save_on_exception=True)
+    with pytest.raises(RuntimeError, match="stop here"):
+        fit(module, adapters("pissa"), Fails(), keep, steps=9, enable_checkpointing=True)
+    (path,) = tmp_path.glob("*.ckpt")
+    assert torch.equal(outputs(load_adapters(Net(), path), "mlp"), outputs(module, "mlp"))
+    assert not {"on_load_checkpoint", "on_save_checkpoint"} & (set(vars(module)) - names)
