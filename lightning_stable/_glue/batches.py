@@ -1,13 +1,37 @@
 """Batches and train flags beside the host's own pass, as the host has them."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
 
-__all__ = ["eval_mode", "to_device"]
+__all__ = ["eval_mode", "fresh_loaders", "to_device"]
+
+
+def fresh_loaders(combined: Any) -> CombinedLoader:
+    """Return combined loaders again, with iterators of their own.
+
+    The host may have begun to iterate over its loaders, and a loader with persistent workers has one iterator for all:
+    a copy without it leaves the host's alone. How loaders are combined is known to a private attribute only, ``_mode``.
+
+    Args:
+        combined: A ``CombinedLoader`` of the host. Its limits are not taken over.
+    """
+
+    def fresh(loader: Any) -> Any:
+        if not isinstance(loader, DataLoader):
+            return loader
+        copied = copy.copy(loader)
+        copied._iterator = None
+        return copied
+
+    return CombinedLoader(tree_map(fresh, combined.iterables), combined._mode)
 
 
 def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:

@@ -1,6 +1,5 @@
 """Run the validation of a module inside training, once more, and keep what it logs to oneself."""
 
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -11,11 +10,9 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lightning_stable._glue.batches import eval_mode, to_device
+from lightning_stable._glue.batches import eval_mode, fresh_loaders, to_device
 from lightning_stable._glue.method_wrap import MethodWrap
 
 __all__ = ["LoggedValue", "evaluate_validation"]
@@ -127,21 +124,8 @@ class _Recorder:
 
 
 def _fresh_loaders(trainer: Trainer) -> CombinedLoader:
-    """Return the Trainer's validation loaders with iterators of their own.
-
-    The host has begun to iterate over its loaders, and a loader with persistent workers has one iterator for all: a
-    copy without it leaves the host's alone. How loaders are combined is known to the host's private loop only.
-    """
-    combined = cast(Any, trainer).fit_loop.epoch_loop.val_loop._combined_loader
-
-    def fresh(loader: Any) -> Any:
-        if not isinstance(loader, DataLoader):
-            return loader
-        copied = copy.copy(loader)
-        copied._iterator = None
-        return copied
-
-    loaders = CombinedLoader(tree_map(fresh, combined.iterables), combined._mode)
+    """Return the Trainer's validation loaders with iterators of their own; the host's are in its private loop."""
+    loaders = fresh_loaders(cast(Any, trainer).fit_loop.epoch_loop.val_loop._combined_loader)
     loaders.limits = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
     return loaders
 

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import CombinedLoader
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_stable._glue.batches import fresh_loaders
 
 __all__ = ["undisturbed_batches"]
 
@@ -41,7 +41,7 @@ def undisturbed_batches(owner: str, trainer: Trainer) -> Iterator[Iterator[Any]]
                 "iterated again, or an init that needs no data, such as 'pissa'."
             )
     kept = [state for loader in combined.flattened for state in _states(loader)]
-    fresh = CombinedLoader(tree_map(_fresh, combined.iterables), combined._mode)
+    fresh = fresh_loaders(combined)
     fresh.limits = combined.limits
     try:
         yield (batch for batch, _, _ in iter(fresh))
@@ -54,15 +54,6 @@ def undisturbed_batches(owner: str, trainer: Trainer) -> Iterator[Iterator[Any]]
             else:
                 vars(target).clear()
                 vars(target).update(state)
-
-
-def _fresh(loader: Any) -> Any:
-    """Return a loader with an iterator of its own: one with persistent workers has one for all who iterate over it."""
-    if not isinstance(loader, DataLoader):
-        return loader
-    copied = copy.copy(loader)
-    copied._iterator = None
-    return copied
 
 
 def _states(loader: Any) -> Iterator[tuple[Any, Any]]:

@@ -11,6 +11,8 @@ __all__ = ["GRACE_SECONDS", "RollCall", "name_the_missing", "open_roll_call"]
 
 # After a collective has failed, how long the ranks that are left have to say that they are there.
 GRACE_SECONDS = 5.0
+# On a busy machine a rank may come late to what another one has opened.
+_TIME_TO_OPEN = timedelta(minutes=1)
 
 
 class RollCall:
@@ -23,14 +25,14 @@ class RollCall:
 
     def __init__(self, host: str, grace: float = GRACE_SECONDS) -> None:
         self._rank, self._world_size, self._grace = dist.get_rank(), dist.get_world_size(), grace
-        limit = timedelta(seconds=max(grace, 1.0))
         port = [0]
         if self._rank == 0:
-            self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
+            self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_TIME_TO_OPEN)
             port = [self._store.port]
         dist.broadcast_object_list(port, 0)
         if self._rank != 0:
-            self._store = TCPStore(host, port[0], is_master=False, timeout=limit)
+            self._store = TCPStore(host, port[0], is_master=False, timeout=_TIME_TO_OPEN)
+        self._store.set_timeout(timedelta(seconds=max(grace, 1.0)))
         self._store.set(f"opened by {self._rank}", "")
         if self._rank == 0:
             # The store goes with this rank, which may fail before the others have come to it.

@@ -204,7 +204,14 @@ def test_every_template_parses_and_builds(name, base, monkeypatch):
 
 # A few steps are too few for some methods to begin, which they say.
 @pytest.mark.filterwarnings("ignore:.* will add nothing")
-@pytest.mark.parametrize("name", [template.name for template in list_templates("addon")])
+def _adapting_the_layer(addon):
+    """Options for the module's one layer, and for a rank that its widths of 4 and 3 allow."""
+    told = {"model": "null", "rank": "1", "targets": "[layer]"}
+    return [option for name, value in told.items() for option in (f"--vars.{addon}_{name}", value)]
+
+
+# The module's inputs are all alike, which EVA refuses to start from: the recipe lm_finetune_eva has it train.
+@pytest.mark.parametrize("name", [template.name for template in list_templates("addon") if template.name != "eva"])
 def test_every_addon_trains_a_few_steps(name, base):
     needed = {
         "lae": ["--vars.lae_parameters", '["layer.weight"]'],  # the module has no LoRA
@@ -212,8 +219,16 @@ def test_every_addon_trains_a_few_steps(name, base):
         **{name: [f"--vars.{name}_width_multiple", "1"] for name in ("float8", "int8")},  # its widths are 4 and 3
         "logit_sharpness": ["--vars.sharpness_logits", "layer"],  # its steps do not call the module
         "precision_fallback": ["--config", "addon:simulated"],
+        **{start: _adapting_the_layer(start) for start in ("adapters", "pissa", "loldu", "svfit")},
+        "lora_ga": [*_adapting_the_layer("lora_ga"), "--vars.lora_ga_init_batches", "4"],  # there are four
+        "reorthogonalise_lora": ["--config", "addon:adapters", *_adapting_the_layer("adapters")],
     }
     assert main(["fit", "--config", base, "--config", f"addon:{name}", *needed.get(name, [])]) == 0
+
+
+def test_the_addon_eva_says_that_inputs_do_not_vary(base, capsys):
+    assert main(["fit", "--config", base, "--config", "addon:eva", *_adapting_the_layer("eva")]) == 1
+    assert "what goes into the layers does not vary" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [template.name for template in list_templates("recipe")])

@@ -1,4 +1,4 @@
-"""Processes that answer jobs until their pipe closes, each in the place where torchrun would have put it; and programs.
+"""Processes that answer jobs until their pipe closes, each in the place where torchrun would have put it.
 
 They are forked off a server that has imported torch, the host and the contracts: a start takes a moment, where every
 fresh interpreter would import for seconds. The server itself runs no job and has no threads.
@@ -7,20 +7,18 @@ fresh interpreter would import for seconds. The server itself runs no job and ha
 import importlib
 import io
 import os
-import runpy
 import socket
 import sys
 import traceback
 from collections.abc import Sequence
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-__all__ = ["Place", "free_port", "launch", "received", "run_script"]
+__all__ = ["Place", "free_port", "launch", "received"]
 
 # What torchrun would set in the environment of one process.
 Place = dict[str, str]
@@ -55,31 +53,6 @@ def received(pipe: Connection) -> tuple[str, Any]:
     except (EOFError, ConnectionError):
         return "died", None
     return outcome, torch.load(io.BytesIO(content), weights_only=False) if outcome == "done" else content
-
-
-def run_script(script: Path, *arguments: str, cwd: Path, **environment: str) -> tuple[int | None, str, str]:
-    """Run a program of Python to its end, as from a command line; return its exit code and what it wrote."""
-    written = [cwd / "stdout.txt", cwd / "stderr.txt"]
-    # Not a daemon: programs may start processes of their own.
-    process = _server().Process(
-        target=_run_script, args=([str(script), *arguments], cwd, {**os.environ, **environment}, written)
-    )
-    process.start()
-    process.join()
-    out, err = (path.read_text() for path in written)
-    return process.exitcode, out, err
-
-
-def _run_script(arguments: list[str], cwd: Path, environment: dict[str, str], written: list[Path]) -> None:
-    for stream, path in enumerate(written, start=1):
-        with path.open("w") as file:
-            os.dup2(file.fileno(), stream)
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(environment)
-    sys.argv[:] = arguments
-    sys.path.insert(0, str(Path(arguments[0]).parent))
-    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def _server() -> Any:

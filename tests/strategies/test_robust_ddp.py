@@ -132,17 +132,17 @@ def test_statistics_are_the_median_of_the_workers(five):
 
 @pytest.mark.parametrize("fault", ["garbage", "nan", "flipped"])
 def test_the_mean_does_not_survive_a_faulty_worker(five, fault):
-    ranks = five.run(TRAIN, settings=None, fault=fault, faulty=(FAULTY,), max_epochs=8)
+    ranks = five.run(TRAIN, settings=None, fault=fault, faulty=(FAULTY,), max_epochs=4)
     assert not ranks[0]["loss"] < math.log(3), "DDP learned something"
 
 
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
 def test_training_survives_a_faulty_worker(five, aggregator):
     for fault in ("garbage", "nan", "flipped"):
-        ranks = five.run(TRAIN, settings={"aggregator": aggregator}, fault=fault, faulty=(FAULTY,), max_epochs=8)
+        ranks = five.run(TRAIN, settings={"aggregator": aggregator}, fault=fault, faulty=(FAULTY,), max_epochs=4)
         _assert_equal(ranks, "weights", "optimizers")
-        # Guessing gives ln 3 = 1.10; DDP without faults comes to 0.2.
-        assert ranks[0]["loss"] < 0.5, fault
+        # Guessing gives ln 3 = 1.10, and more epochs less than this; DDP with the fault is above 25, or no number.
+        assert ranks[0]["loss"] < 0.7, fault
 
 
 def test_two_of_five_may_be_faulty(five):
