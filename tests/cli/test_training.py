@@ -202,14 +202,14 @@ def test_every_template_parses_and_builds(name, base, monkeypatch):
     }
 
 
-# A few steps are too few for some methods to begin, which they say.
-@pytest.mark.filterwarnings("ignore:.* will add nothing")
 def _adapting_the_layer(addon):
     """Options for the module's one layer, and for a rank that its widths of 4 and 3 allow."""
     told = {"model": "null", "rank": "1", "targets": "[layer]"}
     return [option for name, value in told.items() for option in (f"--vars.{addon}_{name}", value)]
 
 
+# A few steps are too few for some methods to begin, which they say.
+@pytest.mark.filterwarnings("ignore:.* will add nothing")
 # The module's inputs are all alike, which EVA refuses to start from: the recipe lm_finetune_eva has it train.
 @pytest.mark.parametrize("name", [template.name for template in list_templates("addon") if template.name != "eva"])
 def test_every_addon_trains_a_few_steps(name, base):

@@ -2,13 +2,11 @@
 
 import logging
 import math
-import os
 import re
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from contract.harness import QUIET
 from contract.workers import Pair
 from lightning.pytorch import Trainer
@@ -31,17 +29,6 @@ def five():
         # Five interpreters start at once, which takes long on a busy machine.
         group.run("strategies.robust_workers:ready", timeout=500)
         yield group
-
-
-@pytest.fixture
-def _alone(monkeypatch):
-    """Undo what the strategy does to this process: its group and its environment variables."""
-    before = dict(os.environ)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
 
 
 def _assert_equal(ranks, *keys):
@@ -238,7 +225,6 @@ def test_wrong_settings_are_refused_at_once(settings, message):
         RobustDDPStrategy(**settings)
 
 
-@pytest.mark.usefixtures("_alone")
 def test_one_worker_trains_as_without_it_and_is_told(caplog, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
