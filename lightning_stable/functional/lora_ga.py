@@ -37,7 +37,7 @@ from lightning_stable.functional._factors import Factors, check_matrix, check_ra
 from lightning_stable.functional._low_rank import check_search, fresh_generator, leading_svd
 from lightning_stable.functional._settings import check_choice, check_positive
 
-__all__ = ["DIRECTIONS", "SCALES", "check_lora_ga", "lora_ga_factors"]
+__all__ = ["DIRECTIONS", "SCALES", "check_lora_ga", "lora_ga_factors", "lora_ga_pair"]
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "unit", "gd", "weightS")
@@ -94,6 +94,26 @@ def lora_ga_factors(
         >>> a.abs().argmax().item(), b.abs().argmax().item()  # the largest direction, and the next
         (1, 2)
     """
+    settings = {"direction": direction, "scale": scale, "gamma": gamma, "exact": exact, "iterations": iterations}
+    a, b = lora_ga_pair(weight, gradient, rank, scaling, **settings, generator=generator)  # type: ignore[arg-type]
+    return Factors(a, b, shift(weight, a, b, scaling))
+
+
+@torch.no_grad()
+def lora_ga_pair(
+    weight: Tensor,
+    gradient: Tensor,
+    rank: int,
+    scaling: float,
+    *,
+    direction: str = "ArB2r",
+    scale: str = "stable",
+    gamma: float = 16.0,
+    exact: bool = False,
+    iterations: int = 4,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the two factors of :func:`lora_ga_factors` without the residual."""
     check_lora_ga(direction, scale, gamma)
     check_search(iterations, 0)
     check_matrix("weight", weight)
@@ -103,8 +123,7 @@ def lora_ga_factors(
     left, right = _directions(gradient, working_dtype(weight), rank, steps, generator)
     rows, columns = _split(direction, rank, generator)
     factor = _scale(scale, weight, rank, scaling, gamma, steps, generator)
-    a, b = right[rows.to(right.device)] * factor, left[:, columns.to(left.device)] * factor
-    return Factors(a, b, shift(weight, a, b, scaling))
+    return right[rows.to(right.device)] * factor, left[:, columns.to(left.device)] * factor
 
 
 def _directions(

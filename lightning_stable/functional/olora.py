@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_stable.functional._factors import Factors, check_matrix, check_rank, shift, working_dtype
 
-__all__ = ["olora_factors"]
+__all__ = ["olora_factors", "olora_pair"]
 
 
 @torch.no_grad()
@@ -42,10 +42,16 @@ def olora_factors(weight: Tensor, rank: int, scaling: float) -> Factors:
         >>> (b @ a).abs().tolist(), residual.tolist()
         ([[0.0, 0.0], [3.0, 1.0]], [[0.0, 2.0], [0.0, 0.0]])
     """
+    a, b = olora_pair(weight, rank, scaling)
+    return Factors(a, b, shift(weight, a, b, scaling))
+
+
+@torch.no_grad()
+def olora_pair(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return the two factors of :func:`olora_factors` without the residual."""
     check_matrix("weight", weight)
     check_rank(rank, scaling, weight)
     matrix = weight.detach().to(working_dtype(weight))
     with torch.autocast(weight.device.type, enabled=False):
         left, right = torch.linalg.qr(matrix)
-    a, b = right[:rank].contiguous(), left[:, :rank].contiguous()
-    return Factors(a, b, shift(weight, a, b, scaling))
+    return right[:rank].contiguous(), left[:, :rank].contiguous()

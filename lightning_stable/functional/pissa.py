@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_stable.functional._factors import Factors, check_matrix, check_rank, shift, working_dtype
 from lightning_stable.functional._low_rank import check_search, leading_svd
 
-__all__ = ["pissa_factors"]
+__all__ = ["pissa_factors", "pissa_pair"]
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def pissa_factors(
     rank: int,
     scaling: float,
     *,
-    iterations: int | None = 4,
+    iterations: int | None = 3,
     oversampling: int = 8,
     generator: torch.Generator | None = None,
 ) -> Factors:
@@ -58,6 +58,21 @@ def pissa_factors(
         >>> round((b @ a)[1, 1].item(), 3), residual.diagonal().round(decimals=3).tolist()
         (9.0, [1.0, 0.0, 4.0])
     """
+    a, b = pissa_pair(weight, rank, scaling, iterations=iterations, oversampling=oversampling, generator=generator)
+    return Factors(a, b, shift(weight, a, b, scaling))
+
+
+@torch.no_grad()
+def pissa_pair(
+    weight: Tensor,
+    rank: int,
+    scaling: float,
+    *,
+    iterations: int | None = 3,
+    oversampling: int = 8,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the two factors of :func:`pissa_factors` without the residual."""
     check_matrix("weight", weight)
     check_rank(rank, scaling, weight)
     check_search(iterations, oversampling)
@@ -73,5 +88,4 @@ def pissa_factors(
             f"most {alive} for this layer (rank_pattern), or another initialiser."
         )
     root = (values / scaling).sqrt()
-    a, b = root.unsqueeze(1) * right, left * root
-    return Factors(a, b, shift(weight, a, b, scaling))
+    return root.unsqueeze(1) * right, left * root

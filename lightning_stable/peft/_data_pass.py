@@ -185,7 +185,8 @@ def mean_gradients(data: DataPass, weights: dict[str, nn.Parameter]) -> Iterator
     for name in list(sums):
         gradient = data.ranks.total(sums.pop(name)).div_(batches)
         why = None
-        if not bool(gradient.isfinite().all()):
+        # The extremes are not finite where any value is not, and take no memory.
+        if not bool(torch.stack(torch.aminmax(gradient)).isfinite().all()):
             why = "holds values that are not finite. Take a precision with more range for the start, such as bf16-mixed"
         elif not bool(gradient.any()):
             why = "is 0: the batches did not reach the layer. Leave it out of target_modules, or give more init_batches"

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lightning_stable.functional._factors import shift
 from lightning_stable.functional.eva import eva_alpha, eva_factor
-from lightning_stable.functional.lora_ga import lora_ga_factors
-from lightning_stable.functional.olora import olora_factors
-from lightning_stable.functional.pissa import pissa_factors
+from lightning_stable.functional.lora_ga import lora_ga_pair
+from lightning_stable.functional.olora import olora_pair
+from lightning_stable.functional.pissa import pissa_pair
 from lightning_stable.peft._config import SHIFTING_INITS
 from lightning_stable.peft._data_pass import DataPass, mean_gradients
 from lightning_stable.peft._features import Components, covariances, principal_components
@@ -157,8 +157,8 @@ def _factors_of_one(
     if init in ("pissa", "olora"):
         weight, scaling = base_matrix(layer), layer.scaling[ADAPTER]
         if init == "olora":
-            return olora_factors(weight, len(a), scaling)[:2]
-        return pissa_factors(weight, len(a), scaling, generator=generator, **options)[:2]
+            return olora_pair(weight, len(a), scaling)
+        return pissa_pair(weight, len(a), scaling, generator=generator, **options)
     # Drawn on the CPU, to be the same on every device.
     first, second = torch.empty(a.shape), torch.empty(b.shape)
     if ADAPTER in getattr(layer, "lora_embedding_A", {}):
@@ -210,11 +210,11 @@ def _lora_ga(
             continue  # rank 0 computes for all, and the others still have gradients to add up with it
         generator = torch.Generator().manual_seed(layer_seed(seed, name))
         try:
-            factors = lora_ga_factors(weight, slope, target.rank or 0, target.scaling, generator=generator, **options)
+            a, b = lora_ga_pair(weight, slope, target.rank or 0, target.scaling, generator=generator, **options)
         except ValueError as error:
             failure = ValueError(f"{data.owner}: init='lora_ga', layer {name!r}: {error}")
             continue
-        found[name] = factors.a.cpu(), factors.b.cpu()
+        found[name] = a.cpu(), b.cpu()
     data.ranks.together(lambda: _fail(failure))
     return found
 
