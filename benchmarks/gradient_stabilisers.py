@@ -28,15 +28,13 @@ Each run has one thread, and runs share the cores: only losses and step counts a
 
 import itertools
 import math
-import multiprocessing
-import os
 import statistics
 import time
 import warnings
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
+from _pool import run_jobs
 from _report import arguments, publish, table, verdict
 
 SEEDS = (0, 1, 2)
@@ -246,16 +244,12 @@ def _grok(job: Job) -> dict[str, Any]:
 
 def run(jobs: Iterable[Job]) -> dict[Job, dict[str, Any]]:
     """Run jobs on all cores; return the numbers of each."""
-    found = {}
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        for job, numbers, seconds in pool.map(train, jobs):
-            found[job] = numbers
-            shown = ", ".join(f"{name} {_short(value)}" for name, value in numbers.items())
-            print(
-                f"{job.condition}, {job.method}, seed {job.seed}, rate {job.lr:g}: {shown} ({seconds:.0f} s)",
-                flush=True,
-            )
-    return found
+    return run_jobs(train, jobs, None, _told)
+
+
+def _told(job: Job, numbers: dict[str, Any]) -> str:
+    shown = ", ".join(f"{name} {_short(value)}" for name, value in numbers.items())
+    return f"{job.condition}, {job.method}, seed {job.seed}, rate {job.lr:g}: {shown}"
 
 
 def tune() -> None:

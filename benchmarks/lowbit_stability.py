@@ -34,14 +34,13 @@ Each run has one thread, and runs share the cores: only losses are compared, not
 
 import itertools
 import math
-import multiprocessing
 import os
 import statistics
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from _lowbit_runs import BATCH, BIN, LENGTH, MODEL, RISE, Job, train
+from _pool import run_jobs
 from _report import arguments, publish, table
 
 FORMATS = ("fp32", "e8m7", "e8m5", "e8m3", "e7m7", "e4m3/e5m2", "int8", "int4 group:128", "nvfp4")
@@ -60,12 +59,7 @@ Found = dict[Job, dict[str, Any]]
 
 def run(jobs: list[Job], processes: int) -> Found:
     """Run jobs, and say of each whether it diverged."""
-    found: Found = {}
-    if processes == 1:
-        _collect(map(train, jobs), found)
-    else:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            _collect(pool.map(train, jobs), found)
+    found = run_jobs(train, jobs, processes, _told)
     for job, numbers in found.items():
         own = [n for j, n in found.items() if (j.format, j.method, j.seed) == ("fp32", "AdamW", job.seed)]
         reference = min(_loss(n) for n in own)
@@ -73,11 +67,8 @@ def run(jobs: list[Job], processes: int) -> Found:
     return found
 
 
-def _collect(done: Iterable[tuple[Job, dict[str, Any], float]], found: Found) -> None:
-    for job, numbers, seconds in done:
-        found[job] = numbers
-        shown = f"{_loss(numbers):.4f} ({seconds:.0f} s)"
-        print(f"{job.format}, {job.method}, seed {job.seed}, rate {job.lr:g}: {shown}", flush=True)
+def _told(job: Job, numbers: dict[str, Any]) -> str:
+    return f"{job.format}, {job.method}, seed {job.seed}, rate {job.lr:g}: {_loss(numbers):.4f}"
 
 
 def _loss(numbers: dict[str, Any]) -> float:

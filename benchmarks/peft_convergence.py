@@ -24,17 +24,16 @@ Each run has one thread, and runs share the cores: only losses are compared, not
 
 import itertools
 import math
-import multiprocessing
 import os
 import statistics
 import tempfile
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from _peft_picture import draw
 from _peft_runs import METHODS, Job, Sizes, pretrain, train
+from _pool import run_jobs
 from _report import arguments, publish, table
 
 SEEDS = (0, 1, 2)
@@ -62,20 +61,11 @@ Found = dict[Job, dict[str, Any]]
 
 def run(jobs: Iterable[Job], processes: int) -> Found:
     """Run jobs, and return the numbers of each."""
-    found: Found = {}
-    if processes == 1:
-        _collect(map(train, jobs), found)
-    else:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            _collect(pool.map(train, jobs), found)
-    return found
+    return run_jobs(train, jobs, processes, _told)
 
 
-def _collect(done: Iterable[tuple[Job, dict[str, Any], float]], found: Found) -> None:
-    for job, numbers, seconds in done:
-        found[job] = numbers
-        shown = f"{_final(numbers):.4f} ({seconds:.0f} s)"
-        print(f"{job.method}, seed {job.seed}, rate {job.lr:g}: {shown}", flush=True)
+def _told(job: Job, numbers: dict[str, Any]) -> str:
+    return f"{job.method}, seed {job.seed}, rate {job.lr:g}: {_final(numbers):.4f}"
 
 
 def best_rates(found: Found) -> dict[str, float]:

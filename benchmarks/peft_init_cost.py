@@ -7,9 +7,10 @@ adapters in and starts them. peft's is ``get_peft_model`` with what its guides p
 ``initialize_lora_eva_weights`` after it. Both see the same batches.
 
 * ``LoRA`` starts as peft does: what is left is the cost of ``Adapters`` itself.
-* ``PiSSA`` is peft's ``pissa_niter_4``, whose search has as many directions as it keeps, beside ours of three iterations
-  and 8 directions more. ``factors alone``: of adapters that are there already, without anything else. ``Residual`` is
-  how much larger the Frobenius norm of what is left in the base is than the least one possible, which a full SVD gives.
+* ``PiSSA`` is peft's ``pissa_niter_4``, whose search has as many directions as it keeps, beside ours of three
+  iterations and 8 directions more. ``factors alone``: of adapters that are there already, without anything else.
+  ``Residual`` is how much larger the Frobenius norm of what is left in the base is than the least one possible, which a
+  full SVD gives.
 * ``EVA`` sees 8 batches of 512 rows, which is all that both do: a threshold of 1 is never passed. ``until settled`` has
   the usual threshold and up to 64 batches; each side stops where it finds its own components settled. A good part of
   both times is that of the layers, through which batches have to pass; peft passes the first one twice.

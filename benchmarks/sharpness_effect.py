@@ -33,16 +33,15 @@ There is no target: the numbers are for the methods' cards. One thread a run, ru
 
 import logging
 import math
-import multiprocessing
 import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
+from _pool import run_jobs
 from _report import arguments, publish, table
 from lightning.pytorch import Callback, Trainer, seed_everything
 from sklearn.datasets import load_digits
@@ -261,16 +260,12 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 def run(jobs: Iterable[Job], processes: int) -> dict[Job, dict[str, float]]:
     """Run jobs, in this process if ``processes`` is 0; return the numbers of each."""
-    numbers = {}
-    if processes == 0:
-        return {job: found for job, found, _ in map(train, jobs)}
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for job, found, seconds in pool.map(train, jobs):
-            numbers[job] = found
-            words = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-            print(f"{job.setting}, {job.variant} {job.value:g}, lr {job.lr:g}, seed {job.seed}: {words}", end="")
-            print(f"  ({seconds:.0f} s)", flush=True)
-    return numbers
+    return run_jobs(train, jobs, processes, _told)
+
+
+def _told(job: Job, found: dict[str, float]) -> str:
+    words = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+    return f"{job.setting}, {job.variant} {job.value:g}, lr {job.lr:g}, seed {job.seed}: {words}"
 
 
 def tune(processes: int) -> None:

@@ -29,8 +29,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from _co2_quality_runs import DDP, LOCAL_SGD, Method, Rounds, Worker, load
 from _report import arguments, publish, table, verdict
-from co2_quality import CHOSEN, DDP, DILOCO, LOCAL_SGD, PAPER, Method, Rounds, Worker, load
+from co2_quality import CHOSEN, DILOCO, PAPER
 
 STEPS, LENGTHS = 192, (1.0, 1.25, 1.5, 2.0)
 LR, RISE, SEED = 3e-3, 20, 0

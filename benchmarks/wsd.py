@@ -17,17 +17,15 @@ What this can't show: the runs are short, and the loss still falls steeply when 
 with more total learning rate. Longer training may rank them otherwise.
 """
 
-import multiprocessing
-import os
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from _pool import run_jobs
 from _report import arguments, publish, table, verdict
 
 BUDGETS = (300, 600, 1200)
@@ -157,17 +155,12 @@ def _datamodule(seed: int) -> Any:
 def run(jobs: Iterable[Job]) -> dict[Job, dict[int, float]]:
     """Run jobs on all cores, the longest first; return the losses of each."""
     queue = sorted(jobs, key=lambda job: -job.budgets[-1])
-    losses = {}
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        for job, found, seconds in pool.map(train, queue):
-            losses[job] = found
-            print(
-                f"{job.schedule:6} seed {job.seed} lr {job.lr:g}{_decay(job)}: "
-                + ", ".join(f"{budget} {loss:.4f}" for budget, loss in found.items())
-                + f"  ({seconds:.0f} s)",
-                flush=True,
-            )
-    return losses
+    return run_jobs(train, queue, None, _told)
+
+
+def _told(job: Job, found: dict[int, float]) -> str:
+    losses = ", ".join(f"{budget} {loss:.4f}" for budget, loss in found.items())
+    return f"{job.schedule:6} seed {job.seed} lr {job.lr:g}{_decay(job)}: {losses}"
 
 
 def tune() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import co2_quality
-from co2_quality import Job
+import _co2_quality_runs as co2_quality
+from _co2_quality_runs import Job
 
 
 def build(job: Job) -> Any:
