@@ -11,17 +11,29 @@ layer computes :math:`W_{res} x + s\,B A x = W x`, and training moves the princi
 2404.02948; it has no :math:`s`, which peft's initialiser divides by as here.
 
 What differs from peft's fast variant: the randomised search looks for ``oversampling`` directions more than it keeps,
-and it is seeded, so that the same weight gives the same factors in each process. For QPiSSA quantise the residual, not
-the weight.
+and it is seeded, so that the same weight gives the same factors in each process.
+
+QPiSSA keeps the residual quantised, and the function is no longer that of :math:`W`: it is off by what quantising the
+residual takes, which is less than quantising the weight would, as the residual is smaller. Its rounds look for factors
+that make that less,
+
+.. math::
+
+    A_t, B_t = \mathrm{PiSSA}(W - Q(W_{res,t-1})), \qquad W_{res,t} = W - s\,B_t A_t, \qquad Q(W_{res,0}) = 0 .
+
+The loop is that of the released code as remembered, unverified. Our addition: the round with the least error is kept.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lightning_stable.functional._factors import Factors, check_matrix, check_rank, shift, working_dtype
 from lightning_stable.functional._low_rank import check_search, leading_svd
+from lightning_stable.functional._settings import check_count
 
-__all__ = ["pissa_factors", "pissa_pair"]
+__all__ = ["pissa_factors", "pissa_pair", "qpissa_pair"]
 
 
 @torch.no_grad()
@@ -89,3 +101,42 @@ def pissa_pair(
         )
     root = (values / scaling).sqrt()
     return root.unsqueeze(1) * right, left * root
+
+
+@torch.no_grad()
+def qpissa_pair(
+    weight: Tensor,
+    rank: int,
+    scaling: float,
+    held: Callable[[Tensor], Tensor],
+    *,
+    rounds: int = 1,
+    iterations: int | None = 3,
+    oversampling: int = 8,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return factors for a residual that is kept quantised; arguments beside these are those of :func:`pissa_factors`.
+
+    Args:
+        weight: Shape (out, in), of a floating-point dtype; not changed.
+        rank: Singular vectors that the adapter gets.
+        scaling: The adapter's factor.
+        held: Q: takes a residual and returns its values as they are once it is quantised, of its shape and dtype.
+        rounds: Decompositions, one after the other; with 1 the factors are those of :func:`pissa_factors`.
+        iterations: Of the randomised SVD; ``None`` for a full SVD.
+        oversampling: Directions that the search looks for beyond ``rank``.
+        generator: Source of the search's random starts.
+
+    Raises:
+        ValueError: As :func:`pissa_factors`, and for rounds below 1.
+    """
+    check_count("rounds", rounds, 1, "rounds")
+    source, found = weight, list[tuple[float, Tensor, Tensor]]()
+    for _ in range(rounds):
+        a, b = pissa_pair(source, rank, scaling, iterations=iterations, oversampling=oversampling, generator=generator)
+        residual = shift(weight, a, b, scaling)
+        kept = held(residual).to(a.dtype)
+        found.append((float(torch.linalg.vector_norm(residual.to(a.dtype) - kept)), a, b))
+        source = weight.to(a.dtype) - kept
+    _, a, b = min(found, key=lambda each: each[0])
+    return a, b

@@ -1,6 +1,7 @@
 """Adapters by PEFT for any LightningModule, each importable from here without loading the others."""
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ __all__ = [
     "load_from_checkpoint",
     "merge_adapters",
 ]
+
+# peft imports bitsandbytes where it is there, which says on some CPUs that it misses a package: one for products that
+# nothing here takes, those of its own layers in evaluation.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
 
 _FUNCTIONS = ("load_adapters", "load_from_checkpoint", "merge_adapters")
 

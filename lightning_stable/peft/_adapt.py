@@ -1,20 +1,24 @@
 """Adapt the module of a run that begins: checks, data, injection and start, in the order in which they have to come."""
 
 import copy
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_stable.peft._beside import marks_beside
 from lightning_stable.peft._checkpoint import fingerprints
 from lightning_stable.peft._config import DATA_INITS, SHIFTING_INITS, plain_config
 from lightning_stable.peft._data_pass import DataPass, Loss, PassReport
-from lightning_stable.peft._initialise import Start, eva_config, gather, start_layers
+from lightning_stable.peft._initialise import Start, eva_config, gather, hold_bases, start_layers
 from lightning_stable.peft._inject import ADAPTER, inject, let_inputs_need_gradients, matching, take_out, trained_names
+from lightning_stable.peft._options import residual_format
+from lightning_stable.peft._quantized import check_quantizable
 from lightning_stable.peft._ranks import Ranks
 from lightning_stable.peft._record import Record, keep
 from lightning_stable.peft._targets import Target, check_names, check_targets, find_model, find_targets
@@ -40,7 +44,8 @@ class Wish:
     def record(self) -> Record:
         """Return what the adapters asked for are told from others by."""
         asked = plain_config(self.config)
-        return Record(init=self.init, config=asked, asked=asked, trainable=list(self.trainable))
+        trainable, residual = list(self.trainable), residual_format(self.options)
+        return Record(init=self.init, config=asked, asked=asked, trainable=trainable, residual=residual)
 
 
 def keeps_half(trainer: Trainer) -> bool:
@@ -71,10 +76,13 @@ def adapt(wish: Wish, trainer: Trainer, pl_module: LightningModule) -> None:
     targets = find_targets(owner, model, config)
     check_targets(owner, pl_module, model, targets, wish.init)
     kept = matching(owner, pl_module, wish.trainable)
+    if record.residual:
+        check_quantizable(owner, record.residual, targets, config, kept)
     _warn_of_dropout(wish, targets)
     trainer.strategy.model_to_device()
     let_inputs_need_gradients(model)
     record.base = fingerprints(targets)
+    norm = _norm(targets) if record.residual else 0.0
     start, report = Start({}, {}, {}), None
     if wish.init in DATA_INITS:
         ranks.same(pl_module)
@@ -99,8 +107,15 @@ def adapt(wish: Wish, trainer: Trainer, pl_module: LightningModule) -> None:
     }
     record.config = plain_config(config)
     record.trained = trained_names(pl_module)
+    text = _told(wish, pl_module, layers, report)
+    if record.residual:
+        record.held, lost = hold_bases(layers, record.residual, ranks)
+        text += (
+            f" Bases are held in {record.residual} now, 4.5 bits a weight: at the start the adapted weights are off by "
+            f"{lost / norm:.2%} of their norm."
+        )
     keep(model, record)
-    rank_zero_info(f"{owner}: {_told(wish, pl_module, layers, report)}")
+    rank_zero_info(f"{owner}: {text}")
 
 
 def _from_data(
@@ -114,6 +129,12 @@ def _from_data(
     data = DataPass(wish.owner, trainer, pl_module, batches=wish.batches, evaluate=wish.evaluate, loss=wish.loss)
     start = gather(wish.init, data, model, targets, config, wish.seed, wish.options)
     return start, data.report
+
+
+def _norm(targets: dict[str, Target]) -> float:
+    """Return the norm of all weights together."""
+    weights = [cast(Tensor, target.layer.weight).detach() for target in targets.values()]
+    return math.hypot(*(float(torch.linalg.vector_norm(weight.float())) for weight in weights))
 
 
 def _warn_of_dropout(wish: Wish, targets: dict[str, Target]) -> None:

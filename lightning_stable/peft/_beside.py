@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,10 @@ from lightning_stable.peft._targets import Target
 __all__ = ["check_beside", "marks_beside", "marks_of"]
 
 _MOST = 256
-"""Parameters with a fingerprint of their own in a checkpoint; more of them share one."""
+"""Parameters with a fingerprint of their own in a checkpoint; more of them share one, in and beside the model each."""
 _ALL = "*"
+
+_T = TypeVar("_T")
 
 
 def marks_beside(root: nn.Module, targets: Mapping[str, Target]) -> dict[str, str]:
@@ -21,18 +24,23 @@ def marks_beside(root: nn.Module, targets: Mapping[str, Target]) -> dict[str, st
     return {name: fingerprint(each) for name, each in _beside(root, targets).items()}
 
 
-def marks_of(marks: Mapping[str, str], dropped: Collection[str]) -> dict[str, str]:
+def marks_of(marks: Mapping[str, str], dropped: Collection[str], path: str) -> dict[str, str]:
     """Return what a checkpoint holds of the fingerprints: those of parameters that it leaves out.
 
     Args:
         marks: Fingerprints by the names in the untouched module.
         dropped: What the checkpoint leaves out, by the names in the adapted module.
+        path: Where the adapted model is, which may be loaded alone.
     """
-    if _ALL in marks:  # taken over from a checkpoint
+    if any(name.endswith(_ALL) for name in marks):  # taken over from a checkpoint
         return dict(marks)
     pristine = {_pristine(name) for name in dropped}
     held = {name: mark for name, mark in sorted(marks.items()) if name in pristine}
-    return held if len(held) <= _MOST else {_ALL: _one_for_all(held)}
+    if len(held) <= _MOST:
+        return held
+    scopes = {f"{path}.{_ALL}" if path else _ALL, _ALL}
+    shared = {scope: _of_scope(scope, scopes, held) for scope in sorted(scopes)}
+    return {scope: _one_for_all(marks) for scope, marks in shared.items() if marks}
 
 
 def check_beside(
@@ -51,18 +59,19 @@ def check_beside(
         ValueError: If a parameter is another one, naming the first.
     """
     beside = _beside(root, targets)
-    together = record.rest.get(_ALL)
     trained = {_pristine(name) for name in record.trained}
-    if together is not None:
-        held = {name: each for name, each in beside.items() if prefix + name not in trained}
-        kinds = together.partition("|")[0]
-        found = _one_for_all({name: _mark(each, kinds + "|") for name, each in held.items()})
-        # Of a part of the module, or of several precisions that are others now, nothing can be said.
-        if not prefix and found != together and found.partition("|")[0] == kinds:
-            raise _other(owner, "one of the weights beside the adapted layers")
-    for name, mark in record.rest.items() if together is None else ():
-        here = beside.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
-        if here is not None and _mark(here, mark) != mark:
+    held = {prefix + name: each for name, each in beside.items() if prefix + name not in trained}
+    scopes = {name for name in record.rest if name.endswith(_ALL)}
+    for name, mark in record.rest.items():
+        if not name.startswith(prefix):
+            continue
+        if name in scopes:
+            kinds = mark.partition("|")[0]
+            found = _one_for_all({n: _mark(p, kinds + "|") for n, p in _of_scope(name, scopes, held).items()})
+            # Of several precisions that are others now, nothing can be said.
+            if found != mark and found.partition("|")[0] == kinds:
+                raise _other(owner, "one of the weights beside the adapted layers")
+        elif name in held and _mark(held[name], mark) != mark:
             raise _other(owner, f"{name!r}, which lies beside the adapted layers,")
     return {name: fingerprint(each) for name, each in beside.items()}
 
@@ -78,6 +87,12 @@ def _other(owner: str, what: str) -> ValueError:
 def _beside(root: nn.Module, targets: Mapping[str, Target]) -> dict[str, Tensor]:
     adapted = {id(getattr(target.layer, "weight", None)) for target in targets.values()}
     return {name: each for name, each in root.named_parameters() if id(each) not in adapted}
+
+
+def _of_scope(scope: str, scopes: Collection[str], named: Mapping[str, _T]) -> dict[str, _T]:
+    """Return what is under a scope such as ``"model.*"``, and under none of the others, which are more narrow."""
+    narrow = [other[:-1] for other in scopes if len(other) > len(scope)]
+    return {n: e for n, e in named.items() if n.startswith(scope[:-1]) and not any(map(n.startswith, narrow))}
 
 
 def _mark(parameter: Tensor, as_in: str) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_stable.peft._beside import check_beside, marks_of
 from lightning_stable.peft._config import config_differences, plain_config, rebuild_config
-from lightning_stable.peft._initialise import apply_shift
+from lightning_stable.peft._initialise import apply_shift, hold_bases
 from lightning_stable.peft._inject import (
     adapter_names,
     frozen_names,
@@ -18,6 +18,7 @@ from lightning_stable.peft._inject import (
     matching,
     trained_names,
 )
+from lightning_stable.peft._quantized import check_quantizable
 from lightning_stable.peft._record import KEY, Record, dtype_of, find_record, fingerprint, keep
 from lightning_stable.peft._targets import Target, find_targets
 
@@ -54,12 +55,13 @@ def reduce_checkpoint(module: nn.Module, checkpoint: dict[str, Any], save: str, 
     if found is None:
         return
     path, _, record = found
-    held = {id(parameter) for parameter in optimized}
+    # Some optimizers are given frozen parameters too; integers never train.
+    held = {id(parameter) for parameter in optimized if parameter.is_floating_point()}
     named = module.named_parameters(remove_duplicate=False)
     record.trained = trained_names(module, [*record.trained, *(name for name, each in named if id(each) in held)])
     checkpoint[KEY] = record.to_checkpoint(path, save)
     dropped = frozen_names(module, record.trained)
-    checkpoint[KEY]["rest"] = marks_of(record.rest, dropped)
+    checkpoint[KEY]["rest"] = marks_of(record.rest, dropped, path)
     if save == "adapter":
         weights = checkpoint["state_dict"]
         for name in [name for name in weights if name in dropped]:
@@ -80,6 +82,7 @@ def take_base(present: Record, stored: Record, *, full: bool) -> None:
     if full:
         # The base comes from the checkpoint, too.
         present.base, present.rest, present.config = stored.base, stored.rest, stored.config
+        present.held = stored.held
 
 
 def check_optimizers(owner: str, module: nn.Module, optimizers: Sequence[Any]) -> None:
@@ -149,18 +152,22 @@ def restore(
     _check_base(owner, targets, record, full)
     marks = record.rest if full else check_beside(owner, root, targets, record, prefix)
     kept = [] if trainable is None else matching(owner, root, trainable)
+    if record.residual:
+        check_quantizable(owner, record.residual, targets, config, kept)
     let_inputs_need_gradients(model)
     flags = {name: each.requires_grad for name, each in root.named_parameters(remove_duplicate=False)}
     layers = inject(root, model, config, trainable=kept, seed=0, upcast=upcast)
     if not full:
         for name, factors in record.shift.items():
             apply_shift(layers[name], factors["a"], factors["b"], dtype_of(record.base[name]))
+    held = _hold_again(owner, layers, record, full) if record.residual else {}
     trained = [name.removeprefix(prefix) for name in record.trained if name.startswith(prefix)]
     if trainable is None:
         for name, parameter in root.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(name in trained)
     _take_dtypes(root, checkpoint["state_dict"], targets, record, prefix)
-    restored = Record(**{**vars(record), "trained": trained_names(root, trained), "flags": flags, "rest": marks})
+    present = {"trained": trained_names(root, trained), "flags": flags, "rest": marks, "held": held}
+    restored = Record(**{**vars(record), **present})
     keep(model, restored)
     return restored
 
@@ -168,7 +175,12 @@ def restore(
 def differences(record: Record, path: str, present: Record, present_path: str, where: str) -> list[str]:
     """Say in what adapters differ from those that are asked for, one phrase each; ``where`` says where they are."""
     first = [
-        {"model": each_path, "init": each.init, "peft_type": each.asked.get("peft_type")}
+        {
+            "model": each_path,
+            "init": each.init,
+            "peft_type": each.asked.get("peft_type"),
+            "quantize_residual": each.residual or None,
+        }
         for each, each_path in ((record, path), (present, present_path))
     ]
     found = config_differences(first[0], first[1], where)
@@ -177,6 +189,20 @@ def differences(record: Record, path: str, present: Record, present_path: str, w
         found += config_differences(_compared(record.asked), _compared(present.asked), where)
     trainable = [{"trainable": sorted(each.trainable)} for each in (record, present)]
     return found + config_differences(trainable[0], trainable[1], where)
+
+
+def _hold_again(owner: str, layers: dict[str, Any], record: Record, full: bool) -> dict[str, str]:
+    """Hold the bases in 4 bits again, say so if what comes out is not what training had, and return what tells it."""
+    marks, _ = hold_bases(layers, record.residual)
+    other = sorted(name for name, mark in record.held.items() if marks.get(name) != mark)
+    if other and not full:
+        rank_zero_warn(
+            f"{owner}: {len(other)} of {len(marks)} bases have other codes in {record.residual} than in training, such "
+            f"as that of {other[0]!r}. Another version of bitsandbytes or another kind of device rounds some weights "
+            "the other way, so outputs differ a little. Save checkpoints that hold all weights with save='full' to "
+            "keep the codes."
+        )
+    return record.held if full else marks
 
 
 def _compared(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,20 +2,19 @@
 
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_stable._glue.batches import eval_mode, to_device
+from lightning_stable._glue.progress import progress
 from lightning_stable._glue.quiet import QuietPass, own_loss
 from lightning_stable.peft._fresh_loaders import undisturbed_batches
 from lightning_stable.peft._ranks import Ranks
@@ -89,7 +88,9 @@ class DataPass:
             torch.cuda.reset_peak_memory_stats(device)
         before_bytes = _peak(device)
         with self._quiet() as batches, torch.set_grad_enabled(gradients):
-            for number, batch in enumerate(self._bar(islice(batches, self._batches))):
+            told = f"{self.owner}: first batches"
+            shown = progress(self._trainer, islice(batches, self._batches), told, self._batches, delay=0)
+            for number, batch in enumerate(shown):
                 moved = to_device(self._trainer, self.module, batch)
                 before(moved)
                 done += 1
@@ -149,19 +150,6 @@ class DataPass:
                 f"{self.owner}: the training data has {done} batches, fewer than init_batches={self._batches}: the "
                 "adapters start from those."
             )
-
-    def _bar(self, batches: Iterable[Any]) -> Iterable[Any]:
-        """Show the progress in the manner of the Trainer's own bar, if it has one."""
-        bar = self._trainer.progress_bar_callback
-        if bar is None or not self._trainer.is_global_zero or not getattr(bar, "is_enabled", True):
-            return batches
-        told = f"{self.owner}: first batches"
-        if isinstance(bar, RichProgressBar):
-            from rich.progress import track
-
-            return track(batches, told, total=self._batches, transient=True)
-        shown: Iterable[Any] = Tqdm(batches, desc=told, total=self._batches, leave=False)
-        return shown
 
 
 def _peak(device: torch.device) -> int:

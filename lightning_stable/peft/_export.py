@@ -18,6 +18,7 @@ from lightning_stable.peft._export_lora import native, plain_lora, write_folder
 from lightning_stable.peft._export_merge import BaseOfTraining, write_complete
 from lightning_stable.peft._export_names import lost_in_adapter, names_note, renamed
 from lightning_stable.peft._export_read import Trained, read_trained
+from lightning_stable.peft._quantized import import_bitsandbytes
 
 __all__ = ["FORMS", "Exported", "export_adapter"]
 
@@ -62,6 +63,8 @@ def export_adapter(
     target, source = Path(out), None if base is None else Path(base)
     _check_target(target, source, force)
     trained = read_trained(Path(checkpoint))
+    if trained.record.residual and form != "lora":
+        import_bitsandbytes("export-adapter")
     opened = None if source is None else BaseOfTraining(trained, source)
     write = {"lora": _write_lora, "merged": _write_merged, "native": _write_native}[form]
     with _staged(target) as folder:
@@ -75,6 +78,12 @@ def _write_lora(trained: Trained, base: BaseOfTraining | None, folder: Path, out
     parts, config = plain_lora(trained)
     write_folder(folder, trained, parts, config, _name_of(trained, base))
     ranks = sorted({len(found[name]) for found in parts.values() for name in found if "_A" in name})
+    if trained.record.residual:
+        notes.append(
+            f"Training had the base in {trained.record.residual}, and the folder is for the untouched base: outputs "
+            "differ by what quantizing took. For the base of the training export with --as merged or --as native, and "
+            "--base."
+        )
     of_rank = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
     return Exported(f"LoRA of {of_rank} for {len(parts)} layers of the untouched base", notes)
 
@@ -103,6 +112,8 @@ def _write_native(trained: Trained, base: BaseOfTraining | None, folder: Path, o
             )
         (folder / "base").mkdir()
         notes += base.write_shifted(folder / "base")
+        if trained.record.residual:
+            notes.append(f"The base of the training in {trained.record.residual} is written in floating point.")
         name = str((out / "base").resolve())
     if base is not None:
         trained = renamed(trained, base.rename_in_model)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lightning_stable.peft._export_base import (
@@ -17,6 +18,7 @@ from lightning_stable.peft._export_lora import Parts, plain_lora
 from lightning_stable.peft._export_names import not_in_folder
 from lightning_stable.peft._export_read import Trained
 from lightning_stable.peft._export_weight import is_transposed, merged_weight, refuse_variants, shifted_weight
+from lightning_stable.peft._quantized import Held, hold, mark_of, values
 from lightning_stable.peft._record import dtype_of
 
 __all__ = ["BaseOfTraining", "write_complete"]
@@ -43,6 +45,7 @@ class BaseOfTraining:
         known = {self._source(f"{layer}.weight"): marks[layer] for layer in trained.layers if layer in marks}
         self.unchecked = check_base(self.base, known)
         self.rename_in_model = name_in_model(self.rename, self.base)
+        self.other_codes: set[str] = set()
 
     def write_merged(self, out: Path) -> list[str]:
         """Write the model with the adapters in its weights; return notes for the reader."""
@@ -68,9 +71,7 @@ class BaseOfTraining:
         turned = self._transposed(self.trained.layers)
 
         def change_of(layer: str) -> Change:
-            return lambda weight: shifted_weight(
-                self._as_trained(layer, weight), record.shift[layer], record.scaling[layer], transposed=turned[layer]
-            )
+            return lambda weight: self._shifted(layer, self._as_trained(layer, weight), turned[layer])
 
         write_base(self.base, out, {self.rename(f"{layer}.weight"): change_of(layer) for layer in record.shift})
         return self._rounding()
@@ -86,12 +87,23 @@ class BaseOfTraining:
                 if (name := f"{layer}.base_layer.weight") in self.trained.trained:
                     weight = self.trained.base[name]  # shifted already, where it was shifted
                 elif layer in record.shift:  # with its rounding, which the adapter was trained on
-                    weight = shifted_weight(weight, record.shift[layer], scaling, transposed=turned[layer])
+                    weight = self._shifted(layer, weight, turned[layer])
                 return merged_weight(weight, parts[layer], scaling, transposed=turned[layer])
 
             return change
 
         return {layer: change_of(layer) for layer in parts}
+
+    def _shifted(self, layer: str, weight: Tensor, transposed: bool) -> Tensor:
+        """Return the base of a layer as training had it, with what quantizing took from it."""
+        record = self.trained.record
+        shifted = shifted_weight(weight, record.shift[layer], record.scaling[layer], transposed=transposed)
+        if not record.residual:
+            return shifted
+        held = hold(shifted, record.residual)
+        if mark_of(held, record.residual) != record.held.get(layer):
+            self.other_codes.add(layer)
+        return values(held, record.residual, shifted.shape, shifted.dtype)
 
     def _transposed(self, parts: Parts) -> dict[str, bool]:
         shapes = {layer: tuple(self.base.read(self._source(f"{layer}.weight")).shape) for layer in parts}
@@ -121,7 +133,19 @@ class BaseOfTraining:
         return added
 
     def _rounding(self) -> list[str]:
-        """Say so where the folder has another precision than the training had."""
+        """Say so where weights are rounded otherwise than in training."""
+        return [*self._precision(), *self._codes()]
+
+    def _codes(self) -> list[str]:
+        if not self.other_codes:
+            return []
+        return [
+            f"{len(self.other_codes)} bases have other codes in {self.trained.record.residual} than in training, such "
+            f"as that of {min(self.other_codes)}: another version of bitsandbytes or another kind of device rounds "
+            "some weights the other way. Outputs differ a little."
+        ]
+
+    def _precision(self) -> list[str]:
         if self.unchecked:
             return [
                 f"Training had {len(self.unchecked)} of these weights quantized. So whether {self.base.folder} is its "
@@ -145,9 +169,7 @@ def write_complete(trained: Trained, out: Path) -> list[str]:
     from huggingface_hub import save_torch_state_dict
 
     refuse_variants(trained.record.config)
-    tensors = _others(trained) | {
-        f"{layer}.weight": trained.base[f"{layer}.base_layer.weight"] for layer in trained.layers
-    }
+    tensors = _others(trained) | {f"{layer}.weight": _saved_base(trained, layer) for layer in trained.layers}
     parts, _ = plain_lora(trained, joined=False)
     shapes = {layer: tuple(tensors[f"{layer}.weight"].shape) for layer in parts}
     turned = _transposed(trained, parts, shapes, "")
@@ -167,6 +189,16 @@ def _transposed(trained: Trained, parts: Parts, shapes: dict[str, tuple[int, ...
     return is_transposed(shapes, parts, model_type, bool(trained.record.config.get("fan_in_fan_out")))
 
 
+def _saved_base(trained: Trained, layer: str) -> Tensor:
+    """Return the base of a layer as a checkpoint of all weights has it."""
+    weight, form = trained.base[f"{layer}.base_layer.weight"], trained.record.residual
+    if not form:
+        return weight
+    dtype, shape = trained.record.base[layer].split("|")[:2]
+    held = Held(weight, trained.base[f"{layer}.base_layer.scales"].view(torch.float32))
+    return values(held, form, [int(side) for side in shape.split("x")], getattr(torch, dtype))
+
+
 def _scaling(trained: Trained, layer: str) -> float:
     """Return the factor of a layer's product of factors; those of LoLDU and SVFit have theirs in the factors."""
     return trained.record.scaling[layer] if trained.kind == "LORA" else 1.0
@@ -174,7 +206,7 @@ def _scaling(trained: Trained, layer: str) -> float:
 
 def _others(trained: Trained) -> dict[str, Tensor]:
     """Return the tensors beside the adapters by the names that the model without adapters has."""
-    adapted = {f"{layer}.weight" for layer in trained.layers}
+    adapted = {f"{layer}.{part}" for layer in trained.layers for part in ("weight", "scales")}
     return {_bare(name): tensor for name, tensor in trained.base.items() if _bare(name) not in adapted}
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_stable.peft._record import KEY, Record
+from lightning_stable.peft._record import KEY, Record, without_compile
 
 __all__ = ["TUNERS", "Trained", "read_trained"]
 
@@ -72,7 +72,8 @@ def read_trained(path: Path) -> Trained:
             f"{path} holds no adapters. A run with the callback Adapters (lightning_stable.peft.adapters) writes them "
             "into its checkpoints."
         )
-    record = Record.from_checkpoint(str(path), stored)
+    checkpoint = without_compile(checkpoint)
+    record = Record.from_checkpoint(str(path), checkpoint[KEY])
     kind = str(record.config["peft_type"])
     if kind not in TUNERS:
         raise ValueError(
@@ -124,7 +125,7 @@ def _sort(path: Path, checkpoint: dict[str, Any], record: Record) -> Trained:
     for name, tensor in checkpoint["state_dict"].items():
         if not name.startswith(prefix) or ".original_module." in name:
             continue
-        inside = _without_compile(name.removeprefix(prefix))
+        inside = name.removeprefix(prefix)
         if found := adapter.fullmatch(inside):
             layers.setdefault(found["layer"], {})[found["part"] + (found["leaf"] or "")] = tensor
         elif found := saved.fullmatch(inside):
@@ -148,8 +149,3 @@ def _sort(path: Path, checkpoint: dict[str, Any], record: Record) -> Trained:
         outside=tuple(sorted(name for name in record.trained if not name.startswith(prefix))),
         source=source if isinstance(source, str) else None,
     )
-
-
-def _without_compile(name: str) -> str:
-    """Return a name without what ``torch.compile`` puts into it."""
-    return name.replace("_orig_mod.", "")

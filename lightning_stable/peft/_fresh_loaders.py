@@ -44,7 +44,7 @@ def undisturbed_batches(owner: str, trainer: Trainer) -> Iterator[Iterator[Any]]
     fresh = fresh_loaders(combined)
     fresh.limits = combined.limits
     try:
-        yield (batch for batch, _, _ in iter(fresh))
+        yield _batches(fresh)
     finally:
         for target, state in kept:
             if isinstance(target, torch.Generator):
@@ -54,6 +54,12 @@ def undisturbed_batches(owner: str, trainer: Trainer) -> Iterator[Iterator[Any]]
             else:
                 vars(target).clear()
                 vars(target).update(state)
+
+
+def _batches(loaders: Any) -> Iterator[Any]:
+    """Yield batches, and begin with the first: a loader draws a seed from the global generator when it begins."""
+    for batch, _, _ in loaders:
+        yield batch
 
 
 def _states(loader: Any) -> Iterator[tuple[Any, Any]]:

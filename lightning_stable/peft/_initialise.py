@@ -15,15 +15,17 @@ from lightning_stable.functional._factors import shift
 from lightning_stable.functional.eva import eva_alpha, eva_factor
 from lightning_stable.functional.lora_ga import lora_ga_pair
 from lightning_stable.functional.olora import olora_pair
-from lightning_stable.functional.pissa import pissa_pair
+from lightning_stable.functional.pissa import pissa_pair, qpissa_pair
 from lightning_stable.peft._config import SHIFTING_INITS
 from lightning_stable.peft._data_pass import DataPass, mean_gradients
 from lightning_stable.peft._features import Components, covariances, principal_components
 from lightning_stable.peft._inject import ADAPTER, base_matrix, layer_seed, set_base
+from lightning_stable.peft._options import residual_format
+from lightning_stable.peft._quantized import quantize_base, rounded
 from lightning_stable.peft._ranks import Ranks
 from lightning_stable.peft._targets import Target, is_transposed
 
-__all__ = ["Start", "apply_shift", "eva_config", "factors_of", "gather", "start_layers"]
+__all__ = ["Start", "apply_shift", "eva_config", "factors_of", "gather", "hold_bases", "start_layers"]
 
 
 class Start(NamedTuple):
@@ -112,6 +114,29 @@ def apply_shift(layer: Any, a: Tensor, b: Tensor, dtype: torch.dtype | None = No
     set_base(layer, shift(wanted, a.to(weight.device), b.to(weight.device), layer.scaling[ADAPTER]))
 
 
+@torch.no_grad()
+def hold_bases(layers: dict[str, Any], form: str, ranks: Ranks | None = None) -> tuple[dict[str, str], float]:
+    """Hold the bases of layers in 4 bits from now on, with the codes of rank 0 where there are several processes.
+
+    Args:
+        layers: Adapted layers by name, their bases shifted already.
+        form: The format.
+        ranks: The processes, if they may have other bases than rank 0.
+
+    Returns:
+        What tells the codes from others, by layer, and the norm of what the bases lost.
+    """
+    marks, squares = dict[str, str](), 0.0
+    for name, layer in layers.items():
+        before = base_matrix(layer)
+        held = quantize_base(layer, form)
+        for part in (held.weight, held.scales) if ranks is not None else ():
+            part.data.copy_(ranks.of_first(part.data))  # type: ignore[union-attr]  # there are some in this loop
+        marks[name] = held.mark()
+        squares += float(torch.linalg.vector_norm(before.float() - held.matrix().float())) ** 2
+    return marks, squares**0.5
+
+
 def factors_of(layer: Any) -> tuple[Tensor, Tensor] | None:
     """Return the two factors of a LoRA layer as it holds them, ``None`` for a layer of another kind."""
     for kind in ("lora_A", "lora_embedding_A"):
@@ -158,7 +183,13 @@ def _factors_of_one(
         weight, scaling = base_matrix(layer), layer.scaling[ADAPTER]
         if init == "olora":
             return olora_pair(weight, len(a), scaling)
-        return pissa_pair(weight, len(a), scaling, generator=generator, **options)
+        search = {name: value for name, value in options.items() if name in ("iterations", "oversampling")}
+        if form := residual_format(options):
+            rounds = options.get("rounds", 1)
+            return qpissa_pair(
+                weight, len(a), scaling, lambda res: rounded(res, form), rounds=rounds, generator=generator, **search
+            )
+        return pissa_pair(weight, len(a), scaling, generator=generator, **search)
     # Drawn on the CPU, to be the same on every device.
     first, second = torch.empty(a.shape), torch.empty(b.shape)
     if ADAPTER in getattr(layer, "lora_embedding_A", {}):

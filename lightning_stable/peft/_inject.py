@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from lightning_stable.peft._quantized import plain_base
 from lightning_stable.peft._record import find_record, forget
 from lightning_stable.peft._targets import is_transposed, quiet_peft, tuner_layers
 
@@ -149,6 +150,7 @@ def merge(owner: str, module: nn.Module) -> None:
     _refuse_tied(owner, module, model)
     for name, layer in list(tuner_layers(model)):
         parent_path, _, child = name.rpartition(".")
+        plain_base(layer)
         layer.merge(safe_merge=True)
         setattr(model.get_submodule(parent_path), child, layer.get_base_layer())
     _unwrap_saved(model)
@@ -187,14 +189,16 @@ def take_out(root: nn.Module, model: nn.Module, flags: dict[str, bool]) -> None:
 
 
 def _refuse_tied(owner: str, module: nn.Module, model: nn.Module) -> None:
+    # By their memory: peft makes the parameters of a MultiheadAttention anew whenever they are listed.
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+        names.setdefault(parameter.data_ptr(), []).append(name)
     for name, layer in tuner_layers(model):
         for parameter in layer.get_base_layer().parameters(recurse=False):
-            if len(names[id(parameter)]) > 1:
+            tied = names.get(parameter.data_ptr(), [])
+            if len(tied) > 1:
                 raise ValueError(
-                    f"{owner}: the weight of adapted layer {name!r} is tied ({' and '.join(names[id(parameter)])} are "
+                    f"{owner}: the weight of adapted layer {name!r} is tied ({' and '.join(tied)} are "
                     "one tensor): merging the adapter would change all of them. Keep the adapter, or untie the weight."
                 )
 

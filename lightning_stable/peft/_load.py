@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_stable.peft._checkpoint import complete, restore, stored_record
 from lightning_stable.peft._inject import merge
-from lightning_stable.peft._record import KEY, Record, find_record
+from lightning_stable.peft._record import KEY, Record, find_record, without_compile
 from lightning_stable.peft._targets import find_model
 
 __all__ = ["load_adapters", "load_from_checkpoint", "merge_adapters"]
@@ -50,7 +50,9 @@ def load_adapters(
         told = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
         raise TypeError(f"{owner}: module is {told}. Give a module that is built: load_adapters(Net(), 'last.ckpt').")
     loaded = _read(checkpoint, weights_only)
-    record = _record_of(owner, loaded, module)
+    _refuse_other(owner, loaded, module)
+    loaded = without_compile(loaded, module)
+    record = Record.from_checkpoint(owner, loaded[KEY])
     path: str = loaded[KEY]["model"]
     root = isinstance(module, LightningModule) or _has_layers(module, path, record)
     model = find_model(owner, module, path) if root else cast(nn.Module, module)
@@ -93,6 +95,8 @@ def load_from_checkpoint(cls: type[_Lightning], checkpoint_path: str | os.PathLi
     def adapt_first(self: LightningModule, checkpoint: dict[str, Any]) -> None:
         record = stored_record(owner, checkpoint)
         if record is not None:
+            checkpoint.update(without_compile(checkpoint, self))
+            record = Record.from_checkpoint(owner, checkpoint[KEY])
             model = find_model(owner, self, checkpoint[KEY]["model"])
             restore(owner, self, model, checkpoint, record, trainable=None, upcast=True)
             complete(self, checkpoint, record)
@@ -133,9 +137,9 @@ def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any], weights_only: 
     return loaded
 
 
-def _record_of(owner: str, checkpoint: Mapping[str, Any], module: nn.Module) -> Record:
-    record = stored_record(owner, checkpoint)
-    if record is None:
+def _refuse_other(owner: str, checkpoint: Mapping[str, Any], module: nn.Module) -> None:
+    """Raise ``ValueError`` unless the checkpoint has adapters and the module has none."""
+    if checkpoint.get(KEY) is None:
         raise ValueError(
             f"{owner}: the checkpoint has no adapters. Those of a run with the callback Adapters have them; load "
             "another one with load_state_dict."
@@ -144,7 +148,6 @@ def _record_of(owner: str, checkpoint: Mapping[str, Any], module: nn.Module) -> 
         raise ValueError(
             f"{owner}: {type(module).__name__} has adapters already. Give it as it was before training, built anew."
         )
-    return record
 
 
 def _has_layers(module: nn.Module, path: str, record: Record) -> bool:

@@ -5,16 +5,17 @@ from typing import Any
 
 import torch
 
-from lightning_stable.functional._settings import check_choice
+from lightning_stable.functional._settings import check_choice, check_count
 from lightning_stable.functional.eva import converged, eva_components, init_pca
 from lightning_stable.functional.lora_ga import lora_ga_factors
 from lightning_stable.functional.pissa import pissa_factors
+from lightning_stable.peft._quantized import FORMATS, import_bitsandbytes
 from lightning_stable.registry import nearest
 
-__all__ = ["check_options"]
+__all__ = ["check_options", "residual_format"]
 
 _KNOWN = {
-    "pissa": ("iterations", "oversampling"),
+    "pissa": ("iterations", "oversampling", "quantize_residual", "rounds"),
     "lora_ga": ("direction", "scale", "gamma", "exact", "iterations"),
     "eva": ("rho", "tau", "whiten", "share_inputs"),
     "corda": ("method",),
@@ -22,14 +23,9 @@ _KNOWN = {
 
 
 def check_options(owner: str, init: str, options: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` unless the initialiser has these settings, with such values."""
+    """Raise ``ValueError`` unless the initialiser has these settings, with such values, and what they need is there."""
     known = _KNOWN.get(init, ())
     for name in options:
-        if name == "quantize_residual":
-            raise ValueError(
-                f"{owner}: init_options has 'quantize_residual', which is not offered. Start and train in floating "
-                "point, and quantize what merging gives; or quantize the model yourself and take init='eva'."
-            )
         if name not in known:
             there = nearest(str(name), list(known)) if known else "It has none."
             raise ValueError(f"{owner}: init_options has {name!r}, which is no setting of init={init!r}. {there}")
@@ -37,6 +33,13 @@ def check_options(owner: str, init: str, options: Mapping[str, Any]) -> None:
         _TRIALS.get(init, _nothing)(dict(options))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{owner}: init_options={dict(options)!r}: {error}") from error
+    if residual_format(options):
+        import_bitsandbytes(owner)
+
+
+def residual_format(options: Mapping[str, Any]) -> str:
+    """Return the format that bases are to be held in, ``""`` for that of the model."""
+    return str(options.get("quantize_residual") or "")
 
 
 def _nothing(_options: dict[str, Any]) -> None:
@@ -44,7 +47,15 @@ def _nothing(_options: dict[str, Any]) -> None:
 
 
 def _try_pissa(options: dict[str, Any]) -> None:
+    form, rounds = options.pop("quantize_residual", None), options.pop("rounds", 1)
     pissa_factors(torch.eye(4), 1, 1.0, **options)
+    check_count("rounds", rounds, 1, "rounds")
+    if form is not None:
+        check_choice("quantize_residual", form, FORMATS)
+    elif rounds > 1:
+        raise ValueError(
+            f"rounds={rounds} is of quantize_residual, which is not there. Leave rounds out, or give both."
+        )
 
 
 def _try_lora_ga(options: dict[str, Any]) -> None:

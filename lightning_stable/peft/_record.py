@@ -8,11 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FORMAT", "KEY", "Record", "dtype_of", "find_record", "fingerprint", "forget", "keep"]
+__all__ = [
+    "FORMAT",
+    "KEY",
+    "Record",
+    "dtype_of",
+    "find_record",
+    "fingerprint",
+    "forget",
+    "keep",
+    "tell_bits",
+    "without_compile",
+]
 
 KEY = "lightning_stable_adapters"
 """Where a checkpoint has the record."""
 FORMAT = 1
+FORMAT_QUANTIZED = 2
+"""With bases in 4 bits, which a version that knows the first format only would load as floating-point ones."""
 
 _ATTRIBUTE = "_lightning_stable_adapters"
 _SAMPLE = 4096  # elements whose bits enter a fingerprint as they are
@@ -32,6 +45,8 @@ class Record:
         base: Fingerprint of the untouched weight, by layer.
         trained: Names of parameters that train or have trained, as the outermost module has them.
         rest: Fingerprints of parameters beside ``base``, by the names that the untouched outermost module has.
+        residual: The format of bases in 4 bits, ``""`` for none.
+        held: What tells the codes of such a base from others, by layer.
         flags: Which parameters of the untouched module trained, by name; not in checkpoints.
     """
 
@@ -44,12 +59,14 @@ class Record:
     base: dict[str, str] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)
     rest: dict[str, str] = field(default_factory=dict)
+    residual: str = ""
+    held: dict[str, str] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
 
     def to_checkpoint(self, path: str, save: str) -> dict[str, Any]:
         """Return what a checkpoint holds: strings, numbers, lists, dicts and tensors."""
         return {
-            "format": FORMAT,
+            "format": FORMAT_QUANTIZED if self.residual else FORMAT,
             "model": path,
             "init": self.init,
             "config": self.config,
@@ -59,6 +76,8 @@ class Record:
             "shift": self.shift,
             "base": dict(self.base),
             "rest": {},
+            "residual": self.residual,
+            "held": dict(self.held),
             "save": save,
             "trained": list(self.trained),
         }
@@ -70,14 +89,38 @@ class Record:
         Raises:
             ValueError: If it was written in another format.
         """
-        if stored.get("format") != FORMAT:
+        if stored.get("format") not in (FORMAT, FORMAT_QUANTIZED):
             raise ValueError(
                 f"{owner}: the checkpoint has adapters in format {stored.get('format')!r}, and this version reads "
-                f"format {FORMAT}. Load it with the version of lightning-stable that wrote it."
+                f"formats {FORMAT} and {FORMAT_QUANTIZED}. Load it with the version of lightning-stable that wrote it."
             )
         names = ("init", "config", "asked", "trainable", "scaling", "shift", "base", "trained")
-        # Checkpoints of before have no fingerprints of the rest.
-        return cls(**{name: stored[name] for name in names}, rest=stored.get("rest", {}))
+        # Checkpoints of before have no fingerprints of the rest, and no bases in 4 bits.
+        later = {"rest": dict[str, str](), "residual": "", "held": dict[str, str]()}
+        return cls(**{**later, **{name: stored[name] for name in (*names, *later) if name in stored or name in names}})
+
+
+def without_compile(checkpoint: Mapping[str, Any], module: nn.Module | None = None) -> dict[str, Any]:
+    """Return a checkpoint with names as they are without what ``torch.compile`` puts into them.
+
+    Args:
+        checkpoint: With adapters.
+        module: What it is for, if that is a module: names stay where its own have such parts.
+    """
+    found = dict(checkpoint)
+    if module is not None and any("_orig_mod" in name for name, _ in module.named_modules()):
+        return found
+    if any("_orig_mod." in name for name in found["state_dict"]):
+        found |= {key: _without_compile(found[key]) for key in ("state_dict", KEY)}
+    return found
+
+
+def _without_compile(value: Any) -> Any:
+    if isinstance(value, str):  # a name, or an expression that names are matched with
+        return value.replace("_orig_mod.", "").replace(r"_orig_mod\.", "")
+    if isinstance(value, Mapping):
+        return {_without_compile(key): _without_compile(each) for key, each in value.items()}
+    return [_without_compile(each) for each in value] if isinstance(value, list) else value
 
 
 def keep(model: nn.Module, record: Record) -> None:
@@ -112,13 +155,19 @@ def fingerprint(weight: Tensor) -> str:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(values.element_size())
     if type(values) is not Tensor or not values.is_floating_point() or integers is None or values.numel() == 0:
         return f"{dtype}|{shape}|{type(weight).__name__}"
-    bits = values.contiguous().view(integers).flatten()
+    return f"{dtype}|{shape}|{tell_bits(values.contiguous().view(integers).flatten())}"
+
+
+def tell_bits(bits: Tensor) -> str:
+    """Return a short text of a vector of integers: some of them, and the sum of all."""
     sample = bits[:: -(-len(bits) // _SAMPLE)].cpu()
     digest = hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:32]
     # Eight bytes at a time where they divide, which is many times as fast as to widen each number.
     whole = bits.numel() * bits.element_size() % 8 == 0
+    if whole and bits.storage_offset() * bits.element_size() % 8:  # a part of a larger tensor
+        bits = bits.clone()
     total = bits.view(torch.int64).sum() if whole else bits.sum(dtype=torch.int64)
-    return f"{dtype}|{shape}|{digest}|{int(total)}"
+    return f"{digest}|{int(total)}"
 
 
 def dtype_of(mark: str) -> torch.dtype | None:

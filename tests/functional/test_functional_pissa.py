@@ -4,12 +4,13 @@ import peft
 import pytest
 import torch
 from oracles import adapter_init_twin as twin
+from oracles import four_bit_twin
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_stable.functional._factors import shift
 from lightning_stable.functional.olora import olora_factors
-from lightning_stable.functional.pissa import pissa_factors
+from lightning_stable.functional.pissa import pissa_factors, pissa_pair, qpissa_pair
 
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 5e-3)]
 SHAPES = [(48, 80), (80, 48), (64, 64), (8, 200)]
@@ -136,6 +137,58 @@ def test_pissa_takes_all_ranks_up_to_the_smaller_side(rank):
     assert twin.relative(twin.rebuilt(factors, 1.0), weight) < 1e-5
     if rank == 24:
         assert float(factors.residual.norm()) < 1e-5
+
+
+# ----------------------------------------------------------------------------- QPiSSA
+
+
+def off_by(weight, a, b, scaling, form="nf4"):
+    """Return how far the start is from the weight."""
+    base = four_bit_twin.rounded(shift(weight, a, b, scaling), form)
+    return twin.relative(base.double() + scaling * b.double() @ a.double(), weight)
+
+
+@pytest.mark.parametrize("form", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_quantised_residual_is_nearer_than_a_quantised_weight_and_rounds_bring_it_nearer(shape, form):
+    # In float64: a code that falls the other way changes the rounds that follow.
+    weight, scaling = matrix(*shape, dtype=torch.float64), 0.5
+
+    def held(residual):
+        return four_bit_twin.rounded(residual, form)
+
+    errors = []
+    for rounds in (1, 2, 5):
+        a, b = qpissa_pair(weight, 4, scaling, held, rounds=rounds, iterations=None)
+        errors.append(off_by(weight, a, b, scaling, form))
+        starts = four_bit_twin.starts(weight, 4, form, rounds)
+        product, base = min(starts, key=lambda start: twin.relative(start[0] + start[1], weight))
+        assert twin.relative(scaling * b.double() @ a.double(), product) < 1e-9, rounds
+        assert errors[-1] == pytest.approx(twin.relative(product + base, weight), rel=1e-9)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.97 * errors[0] < twin.relative(held(weight), weight)
+
+
+def test_one_round_gives_the_factors_of_pissa():
+    weight = matrix(dtype=torch.bfloat16)
+    kept = weight.clone()
+    found = qpissa_pair(weight, 4, 2.0, four_bit_twin.rounded)
+    assert all(torch.equal(one, other) for one, other in zip(found, pissa_pair(weight, 4, 2.0), strict=True))
+    assert torch.equal(weight, kept)
+
+
+def test_a_later_round_is_not_taken_if_it_is_worse():
+    weight, calls = matrix(), []
+
+    def worse(residual):
+        calls.append(residual)
+        return residual * (1 - 0.1 * len(calls))
+
+    found = qpissa_pair(weight, 4, 2.0, worse, rounds=3)
+    assert len(calls) == 3
+    assert all(torch.equal(one, other) for one, other in zip(found, pissa_pair(weight, 4, 2.0), strict=True))
+    with pytest.raises(ValueError, match="rounds=0"):
+        qpissa_pair(weight, 4, 2.0, worse, rounds=0)
 
 
 # ----------------------------------------------------------------------------- OLoRA

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contract.harness import QUIET
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_stable.peft.adapters import Adapters
+from lightning_stable.testing.harness import QUIET
 
 INITS = (
     "default",

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from contract.harness import QUIET
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_stable.peft.adapters import Adapters
+from lightning_stable.testing.harness import QUIET
 
 LLAMA = {
     "model_type": "llama",

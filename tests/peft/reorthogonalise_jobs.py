@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from contract.harness import QUIET
 from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+
+from lightning_stable.testing.harness import QUIET
 
 __all__ = ["AdaptedNet", "Look", "factors", "fit_under", "loader", "product", "refusal_under", "trainer"]
 

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from adapter_runs import INITS, Net, Samples, adapters, fit, loader, outputs
-from contract.harness import QUIET
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_stable.functional.lora_ga import lora_ga_factors
 from lightning_stable.peft import merge_adapters
 from lightning_stable.peft._record import find_record
+from lightning_stable.testing.harness import QUIET
 
 SHIFTING = ("olora", "pissa", "lora_ga", "corda")
 

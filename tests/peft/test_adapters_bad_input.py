@@ -49,7 +49,10 @@ CONFIG = {"r": 4, "target_modules": ["first"]}
         ({"init": "pissa", "init_options": {"iteration": 3}}, "'iteration', which is no setting of init='pissa'"),
         ({"init": "olora", "init_options": {"iterations": 3}}, "It has none"),
         ({"init": "pissa", "init_options": {"iterations": -3}}, "iterations=-3"),
-        ({"init": "pissa", "init_options": {"quantize_residual": "nf4"}}, "'quantize_residual', which is not offered"),
+        (
+            {"init": "olora", "init_options": {"quantize_residual": "nf4"}},
+            "'quantize_residual', which is no setting",
+        ),
         ({"init": "lora_ga", "init_options": {"direction": "up"}}, "direction='up' is unknown"),
         ({"init": "lora_ga", "init_options": {"exact": "yes"}}, "exact='yes' is not true or false"),
         ({"init": "eva", "init_options": {"rho": 0.5}}, "rho=0.5"),

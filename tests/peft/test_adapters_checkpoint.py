@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from adapter_runs import INITS, Net, adapters, fit, loader, outputs
-from contract.harness import QUIET, SaveAt
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from lightning_stable.callbacks.ema import EMA
 from lightning_stable.peft import load_adapters, load_from_checkpoint, merge_adapters
 from lightning_stable.peft._record import KEY, find_record, fingerprint
+from lightning_stable.testing.harness import QUIET, SaveAt
 
 TESTS = Path(__file__).resolve().parent
 
@@ -38,11 +38,19 @@ def test_every_init_is_loaded_bit_by_bit_in_a_fresh_process(tmp_path: Path) -> N
             jobs.append({"kind": kind, "path": path})
             expected[path] = outputs(module, kind)
             assert not torch.equal(expected[path], outputs(Net(kind), kind))
+    for form, kind, save in (("nf4", "mlp", "adapter"), ("fp4", "llama", "adapter"), ("nf4", "llama", "full")):
+        path = str(tmp_path / f"{form}-{kind}.ckpt")
+        module = trained("pissa", kind, path=path, save=save, init_options={"quantize_residual": form, "rounds": 2})
+        jobs.append({"kind": kind, "path": path})
+        expected[path] = outputs(module, kind)
+        assert not torch.equal(expected[path], outputs(Net(kind), kind))
     code = f"import adapter_runs; adapter_runs.load_all({jobs!r}, {str(tmp_path)!r})"
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "other codes" not in done.stderr
+    assert "kernels-community" not in done.stderr
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     for path, wanted in expected.items():
         for value in found[path]:

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from adapter_runs import INITS, Net, Samples, adapters, outputs
-from contract.harness import QUIET
-from contract.workers import Pair
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from lightning_stable.peft import load_adapters
+from lightning_stable.testing.harness import QUIET
+from lightning_stable.testing.workers import Pair
 
 
 class AtStart(Callback):
@@ -35,7 +35,7 @@ def own_batches(rank: int, size: int) -> DataLoader[Any]:
 
 
 def train(
-    init: str, path: str, strategy: str = "ddp", resume: bool = False, other_base: bool = False
+    init: str, path: str, strategy: str = "ddp", resume: bool = False, other_base: bool = False, residual: str = ""
 ) -> dict[str, Any]:
     """Train on one of the processes, each in another state of the random numbers."""
     rank = int(os.environ["RANK"])
@@ -45,6 +45,7 @@ def train(
             module.model.first.weight.add_(1.0)
     torch.manual_seed(100 + rank)
     chosen: Any = strategy
+    options = {"quantize_residual": residual, "rounds": 2} if residual else {}
     if strategy == "local_sgd":
         from lightning_stable.strategies.local_sgd import LocalSGDStrategy
 
@@ -53,7 +54,7 @@ def train(
         max_steps=6 if resume else 4,
         strategy=chosen,
         devices=2,
-        callbacks=[adapters(init, trainable=["head.*"]), start],
+        callbacks=[adapters(init, trainable=["head.*"], init_options=options), start],
         **QUIET,
     )
     trainer.fit(module, own_batches(rank, 2), ckpt_path=path if resume else None)
@@ -88,6 +89,20 @@ def test_ranks_are_bit_equal_and_one_checkpoint_serves_both(workers: Pair, tmp_p
         each["end"] = {name: value for name, value in each["end"].items() if ".norm.running" not in name}
     assert_equal(first["end"], second["end"])
     assert torch.equal(outputs(load_adapters(Net(), path), "mlp"), first["outputs"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "local_sgd"])
+def test_bases_in_four_bits_are_those_of_the_first_process(workers: Pair, tmp_path: Any, strategy: str) -> None:
+    path = str(tmp_path / "two.ckpt")
+    job: dict[str, Any] = {"init": "pissa", "path": path, "strategy": strategy, "residual": "nf4"}
+    first, second = workers.run("test_adapters_ddp:train", **job, other_base=strategy == "ddp")
+    assert_equal(first["start"], second["start"])
+    assert first["start"]["model.first.base_layer.weight"].dtype == torch.uint8
+    assert torch.equal(outputs(load_adapters(Net(), path), "mlp"), first["outputs"])
+    resumed = workers.run("test_adapters_ddp:train", **job, resume=True)
+    assert_equal(resumed[0]["start"], resumed[1]["start"])
+    for name in ("model.first.base_layer.weight", "model.second.base_layer.scales"):
+        assert torch.equal(resumed[0]["end"][name], first["start"][name])
 
 
 @pytest.mark.parametrize("init", ["lora_ga", "eva", "corda"])

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract.harness import SaveAt
-from contract.workers import Pair
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,6 +15,8 @@ from torch import Tensor, nn
 
 from lightning_stable.callbacks import EMA, SpikeGuard
 from lightning_stable.peft.reorthogonalise_lora import ReorthogonaliseLoRA
+from lightning_stable.testing.harness import SaveAt
+from lightning_stable.testing.workers import Pair
 
 
 def run(
