@@ -1,17 +1,19 @@
 """Plugins that each break one contract on purpose, and the rows that put them under contract."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from contract.harness import Run
-from contract.rows import Row, Settings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+
+from lightning_stable.testing.harness import Run
+from lightning_stable.testing.rows import Row, Settings, resolve
 
 
 class _Scaling(Callback):
@@ -315,6 +317,15 @@ class BreaksInCompany(ForgetsItsState):
         return super().factor(trainer) if len(trainer.callbacks) > 3 else 0.5
 
 
+class MovesWhatIsSaved(Callback):
+    """Trains on from where the checkpoint is, which is not where training was."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for parameter in pl_module.parameters():
+                parameter.mul_(0.9)
+
+
 class NamesOnlyItself(Callback):
     """Refuses another plugin without naming it."""
 
@@ -342,9 +353,8 @@ def row(plugin: type, oracle: Callable[[Run, Any], None] = _no_oracle, **setting
         name=plugin.__name__.lower(),
         class_path=f"{plugin.__module__}.{plugin.__name__}",
         settings=Settings(**{"make": plugin, "oracle": oracle, "identities": (plugin,), **settings}),
+        find=partial(resolve, f"{plugin.__module__}:ROWS[{plugin.__name__}]"),
     )
 
 
-SETTINGS = {
-    plugin.__name__: row(plugin).settings for plugin in (Honest, HonestStrategy, DiffersByRank, DependsOnWorldSize)
-}
+ROWS = {plugin.__name__: row(plugin) for plugin in (Honest, HonestStrategy, DiffersByRank, DependsOnWorldSize)}

@@ -96,4 +96,4 @@ class CountsEachProcess(HonestMetric):
     reduce = "sum"
 
 
-SETTINGS = {metric.__name__: row(metric).settings for metric in (HonestMetric, CountsEachProcess)}
+ROWS = {metric.__name__: row(metric) for metric in (HonestMetric, CountsEachProcess)}

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from contract import strategy_oracles
-from contract.harness import Run
-from contract.rows import STEPS, Row, StrategySettings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+
+from lightning_stable.testing.harness import Run
+from lightning_stable.testing.rows import STEPS, Row, StrategySettings, resolve
 
 
 class HonestRounds(DDPStrategy):
@@ -248,6 +249,7 @@ def strategy_row(plugin: type, **settings: Any) -> Row:
         class_path=f"{plugin.__module__}.{plugin.__name__}",
         settings=StrategySettings(**{**usual, "tolerance": 1e-5, **settings}),
         kind="strategy",
+        find=partial(resolve, f"contract.broken_strategies:ROWS[{plugin.__name__}]"),
     )
 
 

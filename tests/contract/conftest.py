@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-from own_process import alone  # noqa: F401  a fixture of every test here
 
 
 @pytest.fixture(autouse=True)
-def _empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_process: None) -> None:
     monkeypatch.chdir(tmp_path)

@@ -9,10 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Net, Run, assert_same
 from contract.oracle_checks import _again, _assert_gradients, _assert_term_is_logged, _differs, _logged
-from contract.rows import STEPS
-from contract.streams import BATCH_SIZE, BATCHES, FEATURES, Stream
 from oracles.anchor_twin import AnchorTwin, LwFTwin, fisher
 from oracles.lae_twin import LAETwin
 from oracles.refresh_twin import accumulated, ascended, refreshed
@@ -22,6 +19,9 @@ from oracles.replay import ReplayedStep
 from torch import Tensor
 
 from lightning_stable.callbacks import EWC, LAE, L2Anchor, LwF, RefreshLearning, Replay
+from lightning_stable.testing.harness import Net, Run, assert_same
+from lightning_stable.testing.rows import STEPS
+from lightning_stable.testing.streams import BATCH_SIZE, BATCHES, FEATURES, Stream
 
 Named = dict[str, Tensor]
 Batch = tuple[Tensor, ...]

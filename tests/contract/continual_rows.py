@@ -5,11 +5,11 @@ from typing import Any
 from contract import continual_checks as checks
 from contract import gap_checks
 from contract.continual_checks import NEVER
-from contract.rows import Settings
 from oracles.replay_twin import SharedReplay
 from oracles.shared_twin import SharedEWC, SharedRefreshLearning
 
 from lightning_stable.callbacks import EWC, LAE, L2Anchor, LwF, RefreshLearning, Replay, StabilityGap
+from lightning_stable.testing.rows import Settings
 
 _MANUAL = "does not work with manual optimisation"
 

@@ -3,10 +3,7 @@
 from typing import Any, ClassVar
 
 import torch
-from contract.harness import Run, fit
 from contract.oracle_checks import _assert_gradients, _differs
-from contract.rows import STEPS, Settings
-from contract.streams import Stream
 from lightning.pytorch import LightningModule, Trainer
 from oracles.fallback_twin import FallbackTwin
 from oracles.replay import Replay
@@ -14,6 +11,9 @@ from oracles.replay import Replay
 from lightning_stable.callbacks.precision_fallback import PrecisionFallback
 from lightning_stable.functional.quantize import Quantizer
 from lightning_stable.functional.simulated import convert, quantized_layers, restore
+from lightning_stable.testing.harness import Run, fit
+from lightning_stable.testing.rows import STEPS, Settings
+from lightning_stable.testing.streams import Stream
 
 # Coarse enough to show in every gradient. Of the weights alone: what a scale or a rounding makes of activations hangs
 # on which samples a process has.

@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 from contract.continual_checks import SWITCHES, TASK_STEPS, Named, joined, task_of
-from contract.harness import Net, Run, assert_same, fit
-from contract.rows import STEPS
-from contract.streams import BATCHES, Stream
 from lightning.pytorch import LightningModule
 from oracles import gap_twin
 from oracles.replay import Replay as Again
@@ -19,6 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_stable.callbacks import EMA, StabilityGap
+from lightning_stable.testing.harness import Net, Run, assert_same, fit
+from lightning_stable.testing.rows import STEPS
+from lightning_stable.testing.streams import BATCHES, Stream
 
 
 def held_out() -> list[DataLoader]:

@@ -4,14 +4,14 @@ import math
 from typing import Any
 
 import pytest
-from contract.feeding import Feeder, scores
-from contract.harness import Run, fit
-from contract.rows import STEPS
-from contract.streams import Stream
 from oracles import continual_twin
 from oracles.replay import Replay
 
 from lightning_stable.metrics import ContinualMetrics
+from lightning_stable.testing.feeding import Feeder, scores
+from lightning_stable.testing.harness import Run, fit
+from lightning_stable.testing.rows import STEPS
+from lightning_stable.testing.streams import Stream
 
 # Windows that are shorter than the run, and shares of a fall that it makes up for.
 CONTINUAL: dict[str, Any] = {"windows": (2, 5), "curve_steps": 3, "recovery_share": 0.25}

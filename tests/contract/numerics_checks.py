@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Net, Run
-from contract.rows import STEPS
-from contract.streams import BATCHES, Stream
 from oracles import logit_sharpness_twin
 from oracles.numerics_twin import LARGEST, Counts, quantized
 from oracles.replay import Replay
@@ -16,6 +13,9 @@ from torch import Tensor, nn
 from lightning_stable.callbacks._numerics_taps import NumericsTaps
 from lightning_stable.callbacks.logit_sharpness import LogitSharpness
 from lightning_stable.callbacks.numerics_monitor import NumericsMonitor
+from lightning_stable.testing.harness import Net, Run
+from lightning_stable.testing.rows import STEPS
+from lightning_stable.testing.streams import BATCHES, Stream
 
 # ---------------------------------------------------------------------------------------------------- logits
 

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import AdamNet, Net, Run, assert_same, fit
-from contract.rows import STEPS
-from contract.streams import BATCH_SIZE, Stream
 from lightning.pytorch import LightningModule
 from oracles.averaging_twin import BalancedAverage, ema
 from oracles.replay import Replay, ReplayedStep
@@ -34,6 +31,9 @@ from lightning_stable.callbacks import (
     StableSPAM,
     WarmupStableDecay,
 )
+from lightning_stable.testing.harness import AdamNet, Net, Run, assert_same, fit
+from lightning_stable.testing.rows import STEPS
+from lightning_stable.testing.streams import BATCH_SIZE, Stream
 
 Named = dict[str, Tensor]
 

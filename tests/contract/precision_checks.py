@@ -3,15 +3,15 @@
 from typing import Any
 
 import torch
-from contract.harness import Run, fit
 from contract.oracle_checks import _assert_gradients
-from contract.rows import STEPS, PrecisionSettings, Settings
-from contract.streams import Stream
 from oracles.replay import Replay
 from oracles.simulated_twin import linear
 from torch import nn
 
 from lightning_stable.precision.simulated import SimulatedPrecision
+from lightning_stable.testing.harness import Run, fit
+from lightning_stable.testing.rows import STEPS, PrecisionSettings, Settings
+from lightning_stable.testing.streams import Stream
 
 # Scales that do not depend on how samples are divided among processes, and steps so small that what rounding does to
 # the last digit of a float stays small.

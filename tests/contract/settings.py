@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from contract import (
     oracle_checks,
     peft_rows,
     precision_checks,
+    report_checks,
     strategy_rows,
     torchao_checks,
 )
-from contract.rows import STEPS, Row, Settings
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import Strategy
@@ -39,6 +40,7 @@ from lightning_stable.callbacks import (
     WarmupStableDecay,
 )
 from lightning_stable.metrics import ContinualMetrics
+from lightning_stable.testing.rows import STEPS, Row, Settings, resolve
 
 ROOT = Path(__file__).parents[2]
 # The rooms whose public classes are methods.
@@ -158,6 +160,7 @@ SETTINGS: dict[str, Settings] = {
         refused_modules={"boring": "logits='head' of LogitSharpness is no submodule of PlainBoring"},
     ),
     "precision_fallback": fallback_checks.SETTINGS,
+    "stability_report": report_checks.SETTINGS,
 }
 
 
@@ -179,6 +182,7 @@ def build_rows() -> list[Row]:
             class_path=method.class_path,
             settings=SETTINGS[method.name],
             kind=method.kind,
+            find=partial(resolve, f"contract.settings:BY_NAME[{method.name}]"),
             addons=tuple(ROOT / "templates" / "addons" / f"{addon}.yaml" for addon in addons_of(method)),
             card=ROOT / "docs" / "methods" / f"{method.name}.md",
         )

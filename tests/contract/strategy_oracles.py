@@ -11,20 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contract.harness import Run, assert_same
 from contract.oracle_checks import Named, _assert_gradients, _assert_step, _descent
-from contract.workers import of_all_ranks, of_rank_zero
 from oracles.replay import Replay
 from oracles.robust_ddp_twin import robust_mean
 from torch import Tensor
 
+from lightning_stable.testing.harness import Run, assert_same, vector
+from lightning_stable.testing.workers import of_all_ranks, of_rank_zero
+
 # Takes one outer step: from the shared weights, the workers' mean movement and the rate to the new shared weights.
 Outer = Callable[[Tensor, Tensor, float], Tensor]
-
-
-def vector(weights: dict[str, Tensor]) -> Tensor:
-    """Return all weights end to end."""
-    return torch.cat([value.detach().flatten() for value in weights.values()])
 
 
 # ---------------------------------------------------------------------------------------------------- gradients

@@ -3,9 +3,9 @@
 from typing import Any
 
 from contract import strategy_oracles as oracles
-from contract.rows import STEPS, Settings, StrategySettings
 
 from lightning_stable import strategies
+from lightning_stable.testing.rows import STEPS, Settings, StrategySettings
 
 # Rounds that end neither with an epoch nor, the last one, with the run.
 _ROUND: dict[str, Any] = {"local_steps": 3}

@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from contract import broken, broken_passes, contracts, settings
+from contract import broken, broken_passes, settings
 from contract.broken import row
-from contract.contracts import FAILURES, HEADINGS, MOMENTS, PRECISIONS, STEPS, Row
-from contract.harness import Net, Stream, assert_same, fit
-from contract.workers import Pair
 from oracles.replay import Replay
 
 from lightning_stable import registry
 from lightning_stable.registry import Method
+from lightning_stable.testing import contracts
+from lightning_stable.testing.contracts import FAILURES, HEADINGS, MOMENTS, PRECISIONS, STEPS, Row
+from lightning_stable.testing.harness import Net, Stream, assert_same, fit
+from lightning_stable.testing.workers import Pair
 
 BITES = AssertionError
 HONEST = row(broken.Honest, identities=(lambda: broken.Honest(1.0),))
@@ -92,6 +93,11 @@ def test_01_resume_bites(plugin: type, tmp_path: Path) -> None:
         contracts.check_resume(row(plugin), tmp_path)
 
 
+def test_01_resume_bites_on_what_saving_changes(tmp_path: Path) -> None:
+    with pytest.raises(BITES, match="saving a checkpoint changed training"):
+        contracts.check_resume(row(broken.MovesWhatIsSaved), tmp_path)
+
+
 def test_01_resume_bites_at_a_validation(tmp_path: Path) -> None:
     contracts.check_resume(row(broken.LaysItsCountAside), tmp_path)
     with pytest.raises(BITES, match="resumed run against uninterrupted run"):
@@ -133,18 +139,14 @@ def test_03_inert_bites(plugin: type, tmp_path: Path) -> None:
 
 
 def test_04_two_processes_bites(workers: Pair) -> None:
-    contracts.check_two_processes(HONEST, workers, "contract.broken:SETTINGS[Honest].make")
+    contracts.check_two_processes(HONEST, workers)
     with pytest.raises(BITES, match="rank 1 against rank 0"):
-        contracts.check_two_processes(
-            row(broken.DiffersByRank), workers, "contract.broken:SETTINGS[DiffersByRank].make"
-        )
+        contracts.check_two_processes(row(broken.DiffersByRank), workers)
     with pytest.raises(BITES, match="two processes against one"):
-        contracts.check_two_processes(
-            row(broken.DependsOnWorldSize), workers, "contract.broken:SETTINGS[DependsOnWorldSize].make"
-        )
+        contracts.check_two_processes(row(broken.DependsOnWorldSize), workers)
     with pytest.raises(BITES, match="failed in"):
         workers.run("contract.broken:_no_oracle")
-    assert contracts.check_two_processes(HONEST, workers, "contract.broken:SETTINGS[Honest].make") is None
+    assert contracts.check_two_processes(HONEST, workers) is None
 
 
 def test_05_oracle_bites(tmp_path: Path) -> None:
@@ -257,6 +259,8 @@ def test_10_company_bites(tmp_path: Path) -> None:
     contracts.check_resume(row(broken.BreaksInCompany), tmp_path)
     with pytest.raises(BITES, match="resumed run against uninterrupted run"):
         contracts.check_company(row(broken.BreaksInCompany), row(broken.LogsItsMemory), tmp_path)
+    with pytest.raises(BITES, match="saving a checkpoint changed training"):
+        contracts.check_company(row(broken.MovesWhatIsSaved), HONEST, tmp_path)
     for plugin in (broken.LeavesAWrap, broken_passes.LeavesAWrapOfItsSecondPass):
         with pytest.raises(BITES, match="wrapped methods"):
             contracts.check_company(row(plugin), HONEST, tmp_path)
@@ -328,7 +332,7 @@ def test_the_contracts_take_strategies_and_precisions(kind: Row, tmp_path: Path)
 
 def test_the_contracts_take_a_strategy_in_two_processes(workers: Pair) -> None:
     strategy, _ = OTHER_KINDS
-    contracts.check_two_processes(strategy, workers, "contract.broken:SETTINGS[HonestStrategy].make")
+    contracts.check_two_processes(strategy, workers)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import broken_metrics, contracts
+from contract import broken_metrics
 from contract.broken import row
-from contract.contracts import MOMENTS, PRECISIONS, STEPS
-from contract.feeding import CHANGES, Feeder, scores
-from contract.harness import MODULES, Net, assert_same, fit
-from contract.workers import Pair
+
+from lightning_stable.testing import contracts
+from lightning_stable.testing.contracts import MOMENTS, PRECISIONS, STEPS
+from lightning_stable.testing.feeding import CHANGES, Feeder, scores
+from lightning_stable.testing.harness import MODULES, Net, assert_same, fit
+from lightning_stable.testing.workers import Pair
 
 BITES = AssertionError
 METRIC = row(broken_metrics.HonestMetric, observer=True)
@@ -46,11 +48,9 @@ def test_the_contracts_bite_on_a_metric(tmp_path: Path) -> None:
 
 
 def test_the_contracts_bite_on_a_metric_in_two_processes(workers: Pair) -> None:
-    contracts.check_two_processes(METRIC, workers, "contract.broken_metrics:SETTINGS[HonestMetric].make")
+    contracts.check_two_processes(METRIC, workers)
     with pytest.raises(BITES, match="two processes against one"):
-        contracts.check_two_processes(
-            row(broken_metrics.CountsEachProcess), workers, "contract.broken_metrics:SETTINGS[CountsEachProcess].make"
-        )
+        contracts.check_two_processes(row(broken_metrics.CountsEachProcess), workers)
 
 
 def test_a_metric_that_is_fed_sees_each_optimizer_step_once(tmp_path: Path) -> None:

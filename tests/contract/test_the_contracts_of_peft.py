@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from contract import peft_rows
-from contract.harness import fit
-from contract.modules import prepared_by
-from contract.rows import STEPS, PeftSettings
 from contract.settings import BY_NAME
-from contract.streams import Stream
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_stable.peft import Adapters, ReorthogonaliseLoRA
+from lightning_stable.testing.harness import fit
+from lightning_stable.testing.modules import prepared_by
+from lightning_stable.testing.rows import STEPS, PeftSettings
+from lightning_stable.testing.streams import Stream
 
 
 def _lora(init: str = "pissa", alpha: float = 3.0, **settings: Any) -> Adapters:

@@ -1,28 +1,33 @@
 """The proof that the contracts bite on a strategy, in two processes, and on a callback beside one with local steps."""
 
+import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 from contract import broken_strategies as broken
-from contract import strategy_checks
 from contract.broken import row
-from contract.contracts import MOMENTS
-from contract.workers import Pair, of_all_ranks, of_rank_zero, processes
+
+from lightning_stable.testing import strategy_checks
+from lightning_stable.testing.contracts import MOMENTS
+from lightning_stable.testing.rows import resolve
+from lightning_stable.testing.workers import Pair, of_all_ranks, of_rank_zero, processes
 
 BITES = AssertionError
 CALLBACKS = {
-    kind.__name__: row(kind) for kind in (broken.PullsToItsAverage, broken.PullsToRankZeros, broken.PullsToItsOwn)
+    kind.__name__: dataclasses.replace(
+        row(kind), find=partial(resolve, f"contract.test_the_contracts_of_strategies:CALLBACKS[{kind.__name__}]")
+    )
+    for kind in (broken.PullsToItsAverage, broken.PullsToRankZeros, broken.PullsToItsOwn)
 }
 
 
 def check(workers: Pair, tmp_path: Path, strategy: type, name: str, **arguments: Any) -> None:
     """Hold one of the strategies to a contract."""
-    path = f"contract.broken_strategies:ROWS[{strategy.__name__}]"
-    row_of_it = broken.ROWS[strategy.__name__]
-    strategy_checks.on_both_ranks(workers, name, row_of_it, tmp_path, row_path=path, **arguments)
+    strategy_checks.on_both_ranks(workers, name, broken.ROWS[strategy.__name__], tmp_path, **arguments)
 
 
 def test_the_contracts_pass_an_honest_strategy(workers: Pair, tmp_path: Path) -> None:
@@ -77,14 +82,14 @@ def test_03_inert_bites_in_one_process(tmp_path: Path) -> None:
 def test_10_company_of_a_strategy_passes_a_callback_whose_state_is_shared(
     callback: str, workers: Pair, tmp_path: Path
 ) -> None:
-    other = f"contract.test_the_contracts_of_strategies:CALLBACKS[{callback}]"
+    other = CALLBACKS[callback]
     check(workers, tmp_path, broken.HonestRounds, "check_company", other=other)
     with pytest.raises(BITES, match="resumed run against uninterrupted run"):
         check(workers, tmp_path, broken.LeavesCallbacksApart, "check_company", other=other)
 
 
 def test_10_company_of_a_strategy_bites_on_a_callback(workers: Pair, tmp_path: Path) -> None:
-    other = "contract.test_the_contracts_of_strategies:CALLBACKS[PullsToItsOwn]"
+    other = CALLBACKS["PullsToItsOwn"]
     with pytest.raises(BITES, match="resumed run against uninterrupted run"):
         check(workers, tmp_path, broken.HonestRounds, "check_company", other=other)
 
@@ -113,9 +118,13 @@ def test_the_pair_says_who_is_who(workers: Pair, tmp_path: Path) -> None:
     assert first[:3] == second[:3] == (2, [0, 1], 0)
 
 
-def test_a_pair_goes_on_after_an_assertion_on_both_ranks_and_is_replaced_after_other_failures(workers: Pair) -> None:
+def test_a_pair_goes_on_after_an_assertion_on_both_ranks_and_is_replaced_after_other_failures(
+    workers: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The other rank waits for the one that failed until it is stopped.
+    monkeypatch.setattr("lightning_stable.testing.workers._SECONDS_AFTER_A_FAILURE", 2)
     name = "contract.test_the_contracts_of_strategies:fail_on"
-    workers.run("contract.strategy_checks:begin")
+    workers.run("lightning_stable.testing.strategy_checks:begin")
 
     def pids() -> list[int]:
         return [answer[-1] for answer in workers.run("contract.test_the_contracts_of_strategies:whoami")]
@@ -126,5 +135,5 @@ def test_a_pair_goes_on_after_an_assertion_on_both_ranks_and_is_replaced_after_o
     assert pids() == before
     with pytest.raises(BITES, match="rank 1 failed"):
         workers.run(name, ranks=[1], kind="error")
-    workers.run("contract.strategy_checks:begin")
+    workers.run("lightning_stable.testing.strategy_checks:begin")
     assert not set(pids()) & set(before)

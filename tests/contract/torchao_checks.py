@@ -9,14 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from contract.harness import Run, assert_same, fit
-from contract.rows import STEPS, PrecisionSettings, Settings
-from contract.streams import Stream
 from oracles.replay import Replay
 from torch import nn
 
 from lightning_stable.precision.float8 import Float8Precision
 from lightning_stable.precision.int8 import Int8Precision
+from lightning_stable.testing.harness import Run, assert_same, fit
+from lightning_stable.testing.rows import STEPS, PrecisionSettings, Settings
+from lightning_stable.testing.streams import Stream
 
 ALL: dict[str, Any] = {"exclude": (), "width_multiple": 1}
 # The first steps end before a checkpoint is saved.

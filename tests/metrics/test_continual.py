@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import QUIET
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
@@ -31,6 +30,7 @@ from lightning_stable.metrics import (
     WindowedPlasticity,
     WorstCaseAccuracy,
 )
+from lightning_stable.testing.harness import QUIET
 
 WINDOWS = (2, 10)
 EVENTS: list[Any] = [

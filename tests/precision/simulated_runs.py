@@ -8,15 +8,15 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from contract.harness import Net, SaveAt, assert_same, fit
-from contract.strategy_checks import begin
-from contract.workers import of_rank_zero
 from torch import nn
 
 from lightning_stable._glue.quiet import is_quiet
 from lightning_stable.functional.simulated import quantized_layers
 from lightning_stable.precision import simulated
 from lightning_stable.precision.simulated import SimulatedPrecision
+from lightning_stable.testing.harness import Net, SaveAt, assert_same, fit
+from lightning_stable.testing.strategy_checks import begin
+from lightning_stable.testing.workers import of_rank_zero
 
 # Fits of a few steps, which a helper or a teacher outlasts, of layers smaller than a rank.
 SHORT = ("ignore:helper_rank=.* fades over", "ignore:helper_rank=.* is cut", "ignore:teacher_steps=.* is no shorter")

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import contracts, torchao_checks
+from contract import torchao_checks
 from contract.broken import row
-from contract.contracts import MOMENTS
-from contract.harness import assert_same
 from contract.torchao_checks import to_float8
-from contract.workers import Pair
 from precision.torchao_runs import by_hand, train
 from torch import nn
 
 from lightning_stable.precision.float8 import Float8Precision
+from lightning_stable.testing import contracts
+from lightning_stable.testing.contracts import MOMENTS
+from lightning_stable.testing.harness import assert_same
+from lightning_stable.testing.workers import Pair
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)

@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from contract.harness import QUIET, DictNet, Net, SaveAt, Stream, assert_same, differences, fit
-from contract.workers import Pair
 from lightning.pytorch import Trainer
 from precision.simulated_runs import INT8, STOCHASTIC, Watched, kinds
 from torch import nn
@@ -14,6 +12,8 @@ from torch.utils.data import DataLoader
 from lightning_stable.functional.simulated import quantized_layers
 from lightning_stable.precision import _first_batch
 from lightning_stable.precision.simulated import SimulatedPrecision
+from lightning_stable.testing.harness import QUIET, DictNet, Net, SaveAt, Stream, assert_same, differences, fit
+from lightning_stable.testing.workers import Pair
 
 
 def test_layers_are_converted_while_a_trainer_runs_and_not_afterwards():

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from contract.harness import QUIET, ManualNet, Net, SaveAt, Stream, assert_same, fit
-from contract.workers import Pair
 from lightning.pytorch import Trainer
 
 from lightning_stable._glue.quiet import is_quiet
@@ -13,6 +11,8 @@ from lightning_stable.functional.quantize import Quantizer, quantize, search_exp
 from lightning_stable.functional.simulated import quantized_layers
 from lightning_stable.precision import _bias_search
 from lightning_stable.precision.simulated import SimulatedPrecision
+from lightning_stable.testing.harness import QUIET, ManualNet, Net, SaveAt, Stream, assert_same, fit
+from lightning_stable.testing.workers import Pair
 
 
 def test_exponent_biases_are_searched_once_and_kept(tmp_path):

@@ -4,8 +4,6 @@ import pickle
 
 import pytest
 import torch
-from contract.harness import QUIET, Net, SaveAt, Stream, assert_same, differences, fit
-from contract.workers import Pair
 from lightning.pytorch import Trainer
 from oracles.fading_helper_twin import helper, phases, weight_of
 from oracles.simulated_twin import quantized
@@ -15,6 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_stable.functional.fading_helper import helper_matrix
 from lightning_stable.functional.simulated import quantized_layers
 from lightning_stable.precision.simulated import SimulatedPrecision
+from lightning_stable.testing.harness import QUIET, Net, SaveAt, Stream, assert_same, differences, fit
+from lightning_stable.testing.workers import Pair
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in SHORT]
 

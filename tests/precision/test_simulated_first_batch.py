@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from contract.harness import ManualNet, Net, Stream, assert_same, fit
 from precision.simulated_runs import INT8, STOCHASTIC
 from torch import nn
 from torchmetrics import MeanMetric
@@ -11,6 +10,7 @@ from lightning_stable.functional import _simulated_layers
 from lightning_stable.functional.simulated import quantized_layers
 from lightning_stable.precision import _first_batch, simulated
 from lightning_stable.precision.simulated import SimulatedPrecision
+from lightning_stable.testing.harness import ManualNet, Net, Stream, assert_same, fit
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import warnings
 
 import pytest
-from contract.harness import Net, fit
 from precision.simulated_runs import INT8
 from torch import nn
 
@@ -11,6 +10,7 @@ from lightning_stable.functional.simulated import convert, layer_names
 from lightning_stable.precision import simulated
 from lightning_stable.precision._names import grouped, layers_line, unused_patterns
 from lightning_stable.precision.simulated import SimulatedPrecision
+from lightning_stable.testing.harness import Net, fit
 
 
 def blocks():

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from contract.harness import QUIET, Net, differences, fit
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from precision.simulated_runs import INT8, kinds
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_stable.functional.simulated import quantized_layers
 from lightning_stable.precision.simulated import SimulatedPrecision
+from lightning_stable.testing.harness import QUIET, Net, differences, fit
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from contract.harness import Net, SaveAt, Stream, assert_same, differences, fit
-from contract.workers import Pair
 from lightning.pytorch import Callback
 from precision.simulated_runs import SHORT
 from precision.simulated_runs import taught as plugin
@@ -17,6 +15,8 @@ from lightning_stable._glue.quiet import QuietPass, is_quiet, own_loss, run_trai
 from lightning_stable.callbacks import SAM
 from lightning_stable.functional.quantize import Quantizer
 from lightning_stable.functional.simulated import convert
+from lightning_stable.testing.harness import Net, SaveAt, Stream, assert_same, differences, fit
+from lightning_stable.testing.workers import Pair
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in SHORT]
 

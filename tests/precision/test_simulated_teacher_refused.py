@@ -1,13 +1,13 @@
 """What Teacher Intervention by the simulated precision refuses."""
 
 import pytest
-from contract.harness import ManualNet, Net, fit
 from precision.simulated_runs import SHORT, told_of_fit
 from precision.simulated_runs import taught as plugin
 from torch import nn
 
 from lightning_stable._glue.quiet import is_quiet
 from lightning_stable.precision.simulated import SimulatedPrecision
+from lightning_stable.testing.harness import ManualNet, Net, fit
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in SHORT]
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import assert_same
-from contract.workers import Pair
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from precision.torchao_runs import LOW, PLUGINS, STEPS, Mlp, batches, train, trainer_of
@@ -20,6 +18,8 @@ from torch import nn
 from lightning_stable.precision import _torchao
 from lightning_stable.precision._torchao_layers import LayerSwitch, Sample, choose_layers, probe
 from lightning_stable.precision.float8 import Float8Precision
+from lightning_stable.testing.harness import assert_same
+from lightning_stable.testing.workers import Pair
 
 CPU = torch.device("cpu")
 each = pytest.mark.parametrize("name", PLUGINS)

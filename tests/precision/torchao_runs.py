@@ -7,8 +7,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from contract.harness import QUIET
-from contract.workers import processes
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -17,6 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_stable.precision._torchao import TorchaoPrecision
 from lightning_stable.precision.float8 import Float8Precision
 from lightning_stable.precision.int8 import Int8Precision
+from lightning_stable.testing.harness import QUIET
+from lightning_stable.testing.workers import processes
 
 STEPS = 24
 PLUGINS: dict[str, Callable[..., TorchaoPrecision]] = {"float8": Float8Precision, "int8": Int8Precision}

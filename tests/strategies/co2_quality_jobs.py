@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contract import harness
 from torch import Tensor
+
+from lightning_stable.testing import harness
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

@@ -7,13 +7,14 @@ import warnings
 from typing import Any
 
 import torch
-from contract.harness import QUIET
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from oracles.compressed_ddp_twin import OPTIONAL, SIZES, initial_weights, random_batches
 from strategies.local_update_jobs import Batches
 from torch import Tensor, nn
+
+from lightning_stable.testing.harness import QUIET
 
 BATCHES = 5
 

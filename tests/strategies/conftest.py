@@ -1,3 +1,8 @@
 """Every test of a strategy leaves its own process without a group, whatever ran in it."""
 
-from own_process import alone  # noqa: F401  a fixture of every test here
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def alone(clean_process: None) -> None:
+    """See ``clean_process``."""

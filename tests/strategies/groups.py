@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from contract.serving import Place, free_port, launch, received
+from lightning_stable.testing.serving import Place, free_port, launch, received
 
 __all__ = ["Answer", "Group"]
 

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contract.harness import fit
-from contract.modules import Net, TwoOptimizerNet
-from contract.streams import FEATURES, Stream
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -18,6 +15,9 @@ from strategies.local_update_jobs import Said
 from torch import Tensor, nn
 
 from lightning_stable.strategies import CO2Strategy, LocalSGDStrategy
+from lightning_stable.testing.harness import fit
+from lightning_stable.testing.modules import Net, TwoOptimizerNet
+from lightning_stable.testing.streams import FEATURES, Stream
 
 
 def rank() -> int:

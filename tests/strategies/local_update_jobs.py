@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contract.harness import QUIET
 from lightning.pytorch import Callback, LightningModule, Trainer
 from oracles.local_update_twin import HIDDEN, INPUTS, Inner, Outer, initial_weights, random_data
 from torch import Tensor, nn
+
+from lightning_stable.testing.harness import QUIET
 
 BATCHES = 7
 

@@ -4,11 +4,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from contract.harness import fit
-from contract.modules import AdamNet
 from lightning.pytorch import Callback, Trainer
 
 from lightning_stable import strategies
+from lightning_stable.testing.harness import fit
+from lightning_stable.testing.modules import AdamNet
 
 
 class At(Callback):

@@ -7,12 +7,12 @@ import warnings
 from typing import Any
 
 import torch
-from contract.harness import QUIET, MemoryLogger, SaveAt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from oracles.one_bit_adam_twin import HIDDEN, INPUTS, Settings, batch, initial_weights
 from torch import Tensor, nn
 
 from lightning_stable.strategies import OneBitAdamStrategy
+from lightning_stable.testing.harness import QUIET, MemoryLogger, SaveAt
 
 
 def rank() -> int:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from contract.harness import QUIET
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+from lightning_stable.testing.harness import QUIET
 
 FEATURES, CLASSES = 8, 3
 BATCHES, BATCH_SIZE = 6, 16

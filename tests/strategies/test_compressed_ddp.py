@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import QUIET, assert_same
-from contract.workers import Pair
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from oracles.compressed_ddp_twin import SIZES, Setting, initial_weights, random_batches, simulate
@@ -22,6 +20,8 @@ from strategies.local_update_jobs import Batches
 from lightning_stable.functional.compression import ERRORS
 from lightning_stable.strategies import CompressedDDPStrategy
 from lightning_stable.strategies.hooks import compress_gradients
+from lightning_stable.testing.harness import QUIET, assert_same
+from lightning_stable.testing.workers import Pair
 
 STEPS = 8
 JOB = "strategies.compressed_jobs:train"

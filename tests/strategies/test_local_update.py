@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from contract.harness import fit
-from contract.modules import Net
-from contract.streams import Stream
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, Timer
 from strategies import local_update_detail_jobs as jobs
 
@@ -12,6 +9,9 @@ from lightning_stable.strategies import CO2Strategy, LocalSGDStrategy
 from lightning_stable.strategies._local_update_checks import check_callbacks, check_optimizers
 from lightning_stable.strategies._progress import Progress
 from lightning_stable.strategies._workers import _parts
+from lightning_stable.testing.harness import fit
+from lightning_stable.testing.modules import Net
+from lightning_stable.testing.streams import Stream
 
 JOBS = "strategies.local_update_detail_jobs"
 

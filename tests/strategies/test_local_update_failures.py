@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from contract.harness import QUIET, fit
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision
 from oracles.local_update_twin import Inner, Outer, random_data, simulate
@@ -15,6 +14,7 @@ from strategies.groups import Group
 from strategies.local_update_jobs import BATCHES, Batches, Said, TwinNet, vector
 
 from lightning_stable import strategies
+from lightning_stable.testing.harness import QUIET, fit
 
 JOBS = "strategies.local_update_jobs"
 INNER = Inner("adamw", rates=(0.02, 0.008))

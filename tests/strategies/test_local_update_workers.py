@@ -8,10 +8,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from contract.harness import assert_same
 from oracles.local_update_twin import Inner, Outer, random_data, simulate
 from strategies.groups import Group
 from strategies.local_update_jobs import BATCHES
+
+from lightning_stable.testing.harness import assert_same
 
 JOBS = "strategies.local_update_jobs"
 ADAMW = Inner("adamw", rates=(0.02, 0.008), weight_decay=0.05, factors=[0.95**step for step in range(40)])

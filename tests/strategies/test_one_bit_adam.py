@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from contract.harness import AdamNet, assert_same, fit
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from oracles.one_bit_adam_twin import COUNTS, ENTRIES, HIDDEN, INPUTS, Settings, batch, simulate
@@ -15,6 +14,7 @@ from strategies.groups import Group
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_stable.strategies import OneBitAdamStrategy
+from lightning_stable.testing.harness import AdamNet, assert_same, fit
 
 JOBS = "strategies.one_bit_jobs:"
 TRAIN = JOBS + "train"

@@ -7,8 +7,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from contract.harness import QUIET
-from contract.workers import Pair
 from lightning.pytorch import Trainer
 from oracles.robust_ddp_twin import robust_mean
 from strategies.groups import Group
@@ -17,6 +15,8 @@ from torch.utils.data import DataLoader
 
 from lightning_stable.functional.robust_ddp import AGGREGATORS
 from lightning_stable.strategies import RobustDDPStrategy
+from lightning_stable.testing.harness import QUIET
+from lightning_stable.testing.workers import Pair
 
 TRAIN = "strategies.robust_workers:train"
 ERROR = "strategies.robust_workers:error_of"

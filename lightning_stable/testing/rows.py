@@ -8,10 +8,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from contract.harness import Run
 from lightning.pytorch import LightningModule
 
-STEPS, CUT = 14, 8  # CUT is in the middle of the second epoch of six batches
+from lightning_stable.testing.harness import Run
+
+__all__ = [
+    "CUT",
+    "STEPS",
+    "PeftSettings",
+    "PrecisionSettings",
+    "Row",
+    "Settings",
+    "StrategySettings",
+    "found_by",
+    "on_top_of",
+    "preparation",
+    "resolve",
+]
+
+STEPS = 14
+"""Optimizer steps of a fit under contract."""
+CUT = 8
+"""The step after which it is cut: in the middle of the second epoch of six batches."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +42,9 @@ class Settings:
         identities: The plugin at each setting that changes nothing; none with a reason in ``expected_failures``.
         observer: The plugin changes nothing and only reports: its effect is what it logs.
         ask: What a user may ask of the plugin in the middle of a fit, and which has to be over with that fit.
-        refused_modules: Kinds of module (keys of ``harness.MODULES``) that give a clear error, with a pattern of it.
+        refused_modules: Kinds of module (keys of ``modules.MODULES``) that give a clear error, with a pattern of it.
         conflicts: Names of methods that cannot be in the same Trainer, with a pattern of the error.
+        company: Names of the methods that it is put into one Trainer with; by default all of the suite.
         twin: How the single-process run that two processes have to equal is made; by default the same plugin.
         expected_failures: Names of contracts that cannot hold, with the reason.
     """
@@ -37,6 +56,7 @@ class Settings:
     ask: Callable[[Any], None] | None = None
     refused_modules: dict[str, str] = field(default_factory=dict)
     conflicts: dict[str, str] = field(default_factory=dict)
+    company: tuple[str, ...] | None = None
     twin: Callable[[], Any] | None = None
     expected_failures: dict[str, str] = field(default_factory=dict)
 
@@ -79,8 +99,8 @@ class PeftSettings(Settings):
 
     Attributes:
         carrier: Name of the class that a Trainer takes, where that of the method is a part of it.
-        prepare: What the constructor of a module does, for the method to have something to work on: a function of a
-            file, which processes find by its name. Modules without the plugin are prepared, too.
+        prepare: What the constructor of a module does, for the method to have something to work on. Modules without
+            the plugin are prepared, too.
         adapts: The plugin puts adapters into the module, so that no other needs a prepared one.
     """
 
@@ -101,6 +121,8 @@ class Row:
             under contract in two processes.
         addons: Its addon templates.
         card: Its card.
+        find: Returns this row in another process, to which it is sent in its place: settings hold functions that have
+            no name there. So it is one that can be pickled, such as a ``functools.partial`` of :func:`resolve`.
     """
 
     name: str
@@ -109,6 +131,7 @@ class Row:
     kind: str = "callback"
     addons: tuple[Path, ...] = ()
     card: Path | None = None
+    find: Callable[[], "Row"] | None = None
 
     @property
     def class_name(self) -> str:
@@ -138,6 +161,13 @@ def on_top_of(row: Row, settings: dict[str, Any]) -> tuple[Row, dict[str, Any]]:
     make = functools.partial(row.settings.under, settings["precision"])
     rest = {name: value for name, value in settings.items() if name != "precision"}
     return replace(row, settings=replace(row.settings, make=make)), rest
+
+
+def found_by(row: Row) -> Callable[[], Row]:
+    """Return what another process calls to have this row."""
+    if row.find is None:
+        raise ValueError(f"The row {row.name!r} does not say how another process finds it: give it `find`.")
+    return row.find
 
 
 def resolve(path: str) -> Any:

@@ -4,15 +4,21 @@ Nothing here knows a method by name.
 """
 
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from contract.feeding import Feeder, is_metric, place, without_metric
-from contract.modules import (
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_stable.testing._host import hasten
+from lightning_stable.testing.feeding import Feeder, is_metric, place, without_metric
+from lightning_stable.testing.modules import (
     MODULES,
     OUTPUTS,
     AdamNet,
@@ -22,14 +28,10 @@ from contract.modules import (
     PlainBoring,
     Step,
     TwoOptimizerNet,
+    module_settings,
 )
-from contract.streams import BATCHES, EndlessStream, Stream
-from contract.workers import processes
-from lightning.fabric.utilities import registry
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import Strategy
-from torch import Tensor
+from lightning_stable.testing.streams import BATCHES, EndlessStream, Stream
+from lightning_stable.testing.workers import processes
 
 __all__ = [
     "BATCHES",
@@ -54,12 +56,14 @@ __all__ = [
     "differences",
     "entries_so_far",
     "fit",
+    "once",
+    "vector",
 ]
 
-# Every Trainer reads what all installed packages offer, and that is the same all the time.
-registry.entry_points = functools.cache(registry.entry_points)
+Kept = TypeVar("Kept")
 
-# Settings of a Trainer in a test: one process on the CPU, no files, no output, no other order than the stream's.
+hasten()
+
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -68,10 +72,15 @@ QUIET: dict[str, Any] = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,
 }
+"""Settings of a Trainer in a test: one process on the CPU, no files, no output, no other order than the stream's."""
 
 
 class MemoryLogger(Logger):
-    """Keeps what is logged."""
+    """Keeps what is logged.
+
+    Attributes:
+        entries: The step and the values of each call.
+    """
 
     name = "memory"
     version = 0
@@ -80,9 +89,11 @@ class MemoryLogger(Logger):
         super().__init__()
         self.entries: list[tuple[int, dict[str, float]]] = []
 
+    @override
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.entries.append((step or 0, {name: float(value) for name, value in metrics.items()}))
 
+    @override
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         pass
 
@@ -95,26 +106,43 @@ def entries_so_far(trainer: Trainer) -> int:
 class SaveAt(Callback):
     """Saves a full checkpoint after an optimizer step: at the end of its batch, or of the validation after it.
 
+    Args:
+        step: The optimizer step.
+        path: The file.
+        moment: ``"batch end"`` or ``"validation end"``.
+        unseen: Plugins that saving must change nothing for, nor for the module, the optimizers and the random numbers.
+
     Attributes:
         logged: How many entries the logger had by then: a run that goes on from there does not make them again.
     """
 
-    def __init__(self, step: int, path: str, moment: str = "batch end") -> None:
+    def __init__(self, step: int, path: str, moment: str = "batch end", unseen: list[Any] | None = None) -> None:
         self.step = step
         self.path = path
         self.moment = moment
+        self.unseen = unseen
         self.logged = 0
 
+    @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         self._save(trainer, "batch end")
 
+    @override
     def on_validation_end(self, trainer: Trainer, *args: Any) -> None:
         self._save(trainer, "validation end")
 
     def _save(self, trainer: Trainer, moment: str) -> None:
-        if moment == self.moment and trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-            self.logged = entries_so_far(trainer)
+        if moment != self.moment or trainer.global_step != self.step:
+            return
+        before = self._state(trainer)
+        trainer.save_checkpoint(self.path)
+        assert_same(self._state(trainer), before, "saving a checkpoint changed training: after against before")
+        self.logged = entries_so_far(trainer)
+
+    def _state(self, trainer: Trainer) -> dict[str, Any]:
+        if self.unseen is None:
+            return {}
+        return {**Run(trainer, trainer.lightning_module, self.unseen).snapshot(), "random": torch.get_rng_state()}
 
 
 class AskAt(Callback):
@@ -125,6 +153,7 @@ class AskAt(Callback):
         self.plugin = plugin
         self.ask = ask
 
+    @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step == self.step:
             self.ask(self.plugin)
@@ -132,7 +161,14 @@ class AskAt(Callback):
 
 @dataclass
 class Run:
-    """A fit that is over."""
+    """A fit that is over.
+
+    Attributes:
+        trainer: Its Trainer.
+        module: What was trained.
+        plugins: The plugins under contract.
+        logged: The step and the values of each entry of the logger.
+    """
 
     trainer: Trainer
     module: LightningModule
@@ -141,7 +177,9 @@ class Run:
 
     @property
     def steps(self) -> list[Step]:
-        return self.module.steps
+        """What the module's optimizer recorded."""
+        steps: Any = self.module.steps
+        return cast("list[Step]", steps)
 
     def snapshot(self, from_step: int = 0) -> dict[str, Any]:
         """Everything that two runs have to agree in: weights, optimizers, plugins, logged values from a step on."""
@@ -202,6 +240,24 @@ def fit(
     return Run(trainer, module, plugins, logger.entries)
 
 
+_KEPT: dict[Any, tuple[Any, Any]] = {}
+
+
+def once(owner: Any, what: str, make: Callable[[], Kept]) -> Kept:
+    """Return what was made before for this owner and modules of the present kind, else make and keep it.
+
+    For fits that are deterministic and needed again and again: without a plugin, or with a fresh one of a row. Not in
+    two processes, where one must not wait for what the other has kept.
+    """
+    if processes() > 1:
+        return make()
+    key = (id(owner), what, *module_settings())
+    if key not in _KEPT:
+        _KEPT[key] = owner, make()  # the owner, too, so that no other takes its place in memory
+    kept: Kept = _KEPT[key][1]
+    return kept
+
+
 def differences(left: Any, right: Any, path: str = "", tolerance: float = 0.0) -> list[str]:
     """List where two nested values differ: at all, or with a tolerance by more than that."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
@@ -225,6 +281,11 @@ def assert_same(left: Any, right: Any, what: str, tolerance: float = 0.0) -> Non
     """Fail with the first few differences."""
     found = differences(left, right, tolerance=tolerance)
     assert not found, f"{what}: {len(found)} differences, the first are " + "; ".join(found[:5])
+
+
+def vector(weights: dict[str, Tensor]) -> Tensor:
+    """Return all weights end to end."""
+    return torch.cat([value.detach().flatten() for value in weights.values()])
 
 
 def _tensor_differences(left: Tensor, right: Tensor, path: str, tolerance: float) -> list[str]:

@@ -3,10 +3,11 @@
 import os
 import time
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
-from contract.serving import free_port, launch, received
+
+from lightning_stable.testing.serving import free_port, launch, received
 
 __all__ = ["Pair", "of_all_ranks", "of_rank_zero", "processes"]
 
@@ -79,7 +80,8 @@ class Pair:
         end = time.monotonic() + _TIMEOUT_SECONDS
         while len(answers) < len(self._pipes) and time.monotonic() < end:
             waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
-            for pipe in wait(list(waiting), max(0.0, end - time.monotonic())):
+            ready = cast("list[Connection]", wait(list(waiting), max(0.0, end - time.monotonic())))
+            for pipe in ready:
                 answers[waiting[pipe]] = received(pipe)
                 if answers[waiting[pipe]][0] != "done":
                     end = min(end, time.monotonic() + _SECONDS_AFTER_A_FAILURE)

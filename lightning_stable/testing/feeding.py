@@ -11,13 +11,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torchmetrics import Metric, MetricCollection
+from typing_extensions import override
 
-# The optimizer steps after which another task begins.
+__all__ = ["CHANGES", "Feeder", "is_metric", "place", "scores", "task_at", "without_metric"]
+
 CHANGES = (5, 10)
+"""The optimizer steps after which another task begins."""
 _SAMPLES = 8
 
 
 def is_metric(plugin: Any) -> bool:
+    """Tell whether a plugin is a metric."""
     return isinstance(plugin, (Metric, MetricCollection))
 
 
@@ -77,18 +81,21 @@ class Feeder(Callback):
         self.said: dict[int, dict[str, float]] = {}
         self.step = 0
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
             self._evaluate(pl_module, 0)
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         self.step = trainer.global_step
 
+    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
         if step == self.step:
             return  # gradients are being accumulated
-        pl_module.metric_steps += step - self.step
+        _steps(pl_module).add_(step - self.step)
         task = task_at(self.step)
         self._evaluate(pl_module, task)
         if task_at(step) != task:
@@ -99,9 +106,14 @@ class Feeder(Callback):
         pl_module.log_dict({f"continual/{name}": value for name, value in self.said[step].items()})
 
     def _evaluate(self, module: LightningModule, task: int) -> None:
-        step = int(module.metric_steps)
+        step = int(_steps(module))
         # Every task up to the next one, which is not learned yet; at each third step only the present one.
         tasks = range(min(task + 2, 1 + len(CHANGES))) if step % 3 != 1 else range(task, task + 1)
         found = scores(module, tasks, step)
         self.metric.update(found, task, step)
         self.events.append(("scores", found, task, step))
+
+
+def _steps(module: nn.Module) -> torch.Tensor:
+    """Return the count of optimizer steps over all fits."""
+    return module.get_buffer("metric_steps")

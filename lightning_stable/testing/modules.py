@@ -3,25 +3,57 @@
 Weights and rates are recorded inside the optimizer, so that an oracle sees what training did without trusting any hook.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from contract.streams import BATCHES, FEATURES, EndlessStream, Stream, place_in_group
 from lightning.pytorch import LightningModule
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
+from typing_extensions import override
 
-# Their sum with changing signs, scaled as if there were one, is the prediction: what lowers the loss moves a
-# distribution over them, which can also move when the loss does not.
+from lightning_stable.testing.streams import BATCHES, FEATURES, EndlessStream, Stream, place_in_group
+
+__all__ = [
+    "MODULES",
+    "OUTPUTS",
+    "AdamNet",
+    "Case",
+    "DictNet",
+    "ManualNet",
+    "Net",
+    "PlainBoring",
+    "Recording",
+    "RecordingAdam",
+    "RecordingSGD",
+    "Step",
+    "TwoOptimizerNet",
+    "module_settings",
+    "prepared_by",
+    "trained_by",
+]
+
 OUTPUTS = 3
+"""How many outputs the head of :class:`Net` has.
+
+Their sum with changing signs, scaled as if there were one, is the prediction: what lowers the loss moves a distribution
+over them, which can also move when the loss does not.
+"""
 
 
 class Step(NamedTuple):
-    """What one optimizer step did."""
+    """What one optimizer step did.
+
+    Attributes:
+        rates: The learning rate of each parameter group.
+        before: The weights before it.
+        gradients: The gradients that it was given, before the host clipped them.
+        weights: The weights after it.
+    """
 
     rates: list[float]
     before: dict[str, Tensor]
@@ -39,6 +71,7 @@ class Recording(torch.optim.Optimizer):
         self.unclipped: dict[str, Tensor] = {}
         return self
 
+    @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         before = _copies(self.module)
         result = super().step(closure)
@@ -48,11 +81,11 @@ class Recording(torch.optim.Optimizer):
 
 
 class RecordingSGD(Recording, torch.optim.SGD):
-    pass
+    """SGD that remembers its steps."""
 
 
 class RecordingAdam(Recording, torch.optim.Adam):
-    pass
+    """Adam that remembers its steps."""
 
 
 _chosen = "sgd"
@@ -84,6 +117,11 @@ def prepared_by(preparation: Callable[[LightningModule], None] | None) -> Iterat
         _preparation = before
 
 
+def module_settings() -> tuple[Any, ...]:
+    """Return what modules depend on besides their arguments: the optimizer, and what their constructors do."""
+    return _chosen, _preparation
+
+
 def _prepare(module: LightningModule) -> None:
     if _preparation is not None:
         _preparation(module)
@@ -91,7 +129,9 @@ def _prepare(module: LightningModule) -> None:
 
 def _descent(parameters: Any, rate: float = 0.0, momentum: float = 0.5, recording: bool = False) -> Any:
     """Return the optimizer of the chosen kind; Adam takes rates that are a fifth of those of SGD."""
-    groups = parameters if isinstance(parameters, list) else [{"params": list(parameters), "lr": rate}]
+    groups: list[dict[str, Any]] = (
+        parameters if isinstance(parameters, list) else [{"params": list(parameters), "lr": rate}]
+    )
     if _chosen == "adam":
         smaller = [{**group, "lr": group["lr"] / 5} for group in groups]
         return (RecordingAdam if recording else torch.optim.Adam)(smaller)
@@ -108,10 +148,20 @@ class Calls:
 class Net(LightningModule):
     """A small regressor with batch norm and, if asked, dropout; two parameter groups of different rates.
 
+    Args:
+        dropout: The share of hidden units that are left out.
+        norm: Whether there is a batch norm.
+        rates: The learning rates of the body and of the head.
+
     Attributes:
+        steps: What its optimizer recorded, over all fits.
         fail_at: A kind of step, an optimizer step and, if it is not the first, the number of the call within that step
             in which a failure comes.
     """
+
+    steps: list[Step]
+    step_calls: Calls
+    fail_at: tuple[str, int] | tuple[str, int, int] | None
 
     def __init__(self, dropout: float = 0.0, norm: bool = True, rates: tuple[float, float] = (0.05, 0.02)) -> None:
         super().__init__()
@@ -121,42 +171,51 @@ class Net(LightningModule):
         )
         self.head = nn.Linear(8, OUTPUTS)
         self.rates = rates
-        self.steps: list[Step] = []
-        self.fail_at: tuple[str, int] | tuple[str, int, int] | None = None
+        self.steps = []
+        self.fail_at = None
         self.step_calls = Calls()
         _prepare(self)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        outputs = self.head(self.body(x))
-        return (outputs[:, ::2].sum(1, keepdim=True) - outputs[:, 1::2].sum(1, keepdim=True)) / OUTPUTS**0.5
+        outputs: Tensor = self.head(self.body(x))
+        difference: Tensor = outputs[:, ::2].sum(1, keepdim=True) - outputs[:, 1::2].sum(1, keepdim=True)
+        return difference / math.sqrt(OUTPUTS)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the mean squared error of a batch."""
         x, y = batch
         return nn.functional.mse_loss(self(x), y)
 
+    @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
         self._maybe_fail("train")
         loss = self.loss(batch)
         self.log("train_loss", loss, sync_dist=True)
         return loss
 
+    @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._maybe_fail("validate")
         self.log("val_loss", self.loss(batch), batch_size=len(batch[0]), sync_dist=True)
 
+    @override
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._maybe_fail("test")
         self.log("test_loss", self.loss(batch), batch_size=len(batch[0]), sync_dist=True)
 
+    @override
     def on_after_backward(self) -> None:
         self._maybe_fail("backward")
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    @override
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
         # Callbacks have run, clipping has not: what a gradient transform leaves and an average may look at.
         recording = getattr(optimizer, "optimizer", optimizer)
         recording.unclipped = {n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None}
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    @override
+    def configure_optimizers(self) -> Any:
         groups = [
             {"params": list(self.body.parameters()), "lr": self.rates[0]},
             {"params": list(self.head.parameters()), "lr": self.rates[1]},
@@ -177,6 +236,7 @@ class Net(LightningModule):
 class DictNet(Net):
     """Returns a dictionary from its steps."""
 
+    @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
         return {"loss": super().training_step(batch, batch_idx), "extra": batch[0].mean()}
 
@@ -184,7 +244,8 @@ class DictNet(Net):
 class AdamNet(Net):
     """Trains with Adam, at one rate."""
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    @override
+    def configure_optimizers(self) -> Any:
         return RecordingAdam(self.parameters(), lr=0.01).watch(self, self.steps)
 
 
@@ -195,8 +256,9 @@ class ManualNet(Net):
         super().__init__(**settings)
         self.automatic_optimization = False
 
+    @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
         loss = self.loss(batch)
         optimizer.zero_grad()
         self.manual_backward(loss)
@@ -211,13 +273,16 @@ class TwoOptimizerNet(Net):
         super().__init__(**settings)
         self.automatic_optimization = False
 
+    @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
-        for optimizer in self.optimizers():
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
             loss = self.loss(batch)
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
 
+    @override
     def configure_optimizers(self) -> Any:
         return [_descent(part.parameters(), 0.05) for part in (self.body, self.head)]
 
@@ -232,11 +297,13 @@ class PlainBoring(BoringModel):
         super().__init__()
         _prepare(self)
 
-    def train_dataloader(self) -> DataLoader:
+    @override
+    def train_dataloader(self) -> DataLoader[Tensor]:
         rank, world = place_in_group()
         return DataLoader(Subset(RandomDataset(32, BATCHES * world), range(rank, BATCHES * world, world)))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    @override
+    def configure_optimizers(self) -> Any:
         return _descent(self.parameters(), 0.04)
 
 
@@ -256,6 +323,7 @@ MODULES: dict[str, Callable[[], Case]] = {
     "iterable": lambda: Case(Net(), DataLoader(EndlessStream(), batch_size=None), Stream(2, seed=5)),
     "no validation": lambda: Case(Net(), Stream(), None),
 }
+"""The kinds of module that every plugin meets."""
 
 
 def _copies(module: nn.Module) -> dict[str, Tensor]:

@@ -18,10 +18,21 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-__all__ = ["Place", "free_port", "launch", "received"]
+__all__ = ["Place", "free_port", "launch", "preload", "received"]
 
-# What torchrun would set in the environment of one process.
 Place = dict[str, str]
+"""What torchrun would set in the environment of one process."""
+
+_PRELOADED = ["lightning_stable.testing.preloaded"]
+
+
+def preload(module: str) -> None:
+    """Let the server import this module, too, before it forks; a module that starts no threads.
+
+    It says so in the tests that need it if something cannot be imported: here that would end the server of all.
+    """
+    if module not in _PRELOADED:
+        _PRELOADED.append(module)
 
 
 def free_port() -> str:
@@ -58,7 +69,7 @@ def received(pipe: Connection) -> tuple[str, Any]:
 def _server() -> Any:
     """Start the server if there is none, and return what starts processes off it."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["contract.preloaded"])
+    context.set_forkserver_preload(_PRELOADED)
     # Older Pythons do not tell it where modules are.
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -76,7 +87,7 @@ def _serve(pipe: Connection, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     # The host reads it when it is imported, which the server has done.
-    rank_zero_only.rank = int(environment["RANK"])
+    vars(rank_zero_only)["rank"] = int(environment["RANK"])
     torch.set_num_threads(1)
     while True:
         try:

@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from contract.feeding import without_metric
-from contract.harness import (
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_stable.testing.feeding import without_metric
+from lightning_stable.testing.harness import (
     BATCHES,
     QUIET,
     AskAt,
@@ -23,20 +29,31 @@ from contract.harness import (
     differences,
     entries_so_far,
     fit,
+    once,
 )
-from contract.rows import CUT, STEPS, Row
-from contract.workers import of_all_ranks, of_rank_zero, processes
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import Strategy
-from torchmetrics import Metric
+from lightning_stable.testing.rows import CUT, STEPS, Row
+from lightning_stable.testing.workers import of_all_ranks, of_rank_zero, processes
+
+__all__ = [
+    "FAILURES",
+    "MOMENTS",
+    "check_exception",
+    "check_failing_test",
+    "check_leftovers",
+    "check_resume",
+    "check_reuse",
+    "is_finite",
+]
 
 # ---------------------------------------------------------------------------------------------------- 1
 
 
-# The optimizer step after which each kind of checkpoint is saved: the first in the middle of an epoch, the second in
-# the validation after the fourth batch of the second epoch, the third at the end of the first epoch.
 MOMENTS = {"batch end": CUT, "validation end": 10, "epoch end": BATCHES}
+"""The optimizer step after which each kind of checkpoint is saved.
+
+The first is in the middle of an epoch, the second in the validation after the fourth batch of the second epoch, the
+third at the end of the first epoch.
+"""
 
 # Resumed at the end of an epoch, the host runs a validation that is inside an epoch one batch late, with no plugin.
 _VALIDATION: dict[str, dict[str, Any]] = {"epoch end": {"val_check_interval": 1.0}}
@@ -49,13 +66,16 @@ def check_resume(
     moment: str = "batch end",
     cut: int | None = None,
     rounds: bool = False,
+    brief: bool = False,
     **settings: Any,
 ) -> Run:
     """N + M steps equal N steps, a checkpoint, and M steps with new or with used objects, bit by bit.
 
-    Where saving is the end of a round, as a row or ``rounds`` may say, the run to be equal to saves at the same step.
-    In company nothing may be left of the plugins after the uninterrupted run, which is returned, and its objects are
-    those that are used again: what they hold is six steps ahead of the checkpoint.
+    The uninterrupted run saves nothing, and equals one that does. Where saving is the end of a round, as a row or
+    ``rounds`` may say, it saves at the same step. So it does in a ``brief`` check, since they are many: there nothing
+    of what is trained may change while the checkpoint is saved. Nothing may be left of the plugins after that run,
+    which is returned, and its objects are those that are used again: what they hold is six steps ahead of the
+    checkpoint.
     """
     cut = MOMENTS[moment] if cut is None else cut
     path = Path(of_rank_zero(tempfile.mkdtemp(dir=tmp_path))) / f"step={cut}.ckpt"
@@ -69,14 +89,15 @@ def check_resume(
         common = {"max_steps": STEPS, **_VALIDATION.get(moment, {"val_check_interval": 4}), **saving, **settings}
         return fit([*objects, *others], validation=Stream(2, seed=5), **common, **more)
 
-    saver = _saver(moment, cut, path)
-    again = run(plugins(), saver)
-    straight = again
-    if not rounds and not any(member.has_rounds for member in (row, *company)):
+    rounds = rounds or any(member.has_rounds for member in (row, *company))
+    first = plugins()
+    saver = _saver(moment, cut, path, unseen=first if brief and not rounds else None)
+    straight = again = run(first, saver)
+    if brief and not rounds:
+        _assert_nothing_left(straight.module, straight.trainer, _hooks(Net()))
+    elif not rounds:
         straight = run(plugins())
         assert_same(again.snapshot()["weights"], straight.snapshot()["weights"], "saving a checkpoint changed training")
-        if company:
-            _assert_nothing_left(straight.module, straight.trainer, _hooks(Net()))
     assert len(straight.steps) == STEPS, f"the run took {len(straight.steps)} optimizer steps, not {STEPS}"
     assert path.exists(), f"nothing was saved at {moment} of step {cut}"
 
@@ -90,11 +111,11 @@ def check_resume(
     expected = _comparable(straight, skip=cut, plugins=size, numbered=numbered)
     resumed = _comparable(run(plugins(), *others, ckpt_path=str(path)), plugins=size, numbered=numbered)
     assert_same(resumed, expected, "resumed run against uninterrupted run")
-    used = straight.plugins[:size] if company else plugins()
+    used = straight.plugins[:size] if brief else plugins()
     if any(isinstance(plugin, Strategy) for plugin in used):
         return straight  # it belongs to its Trainer: the host refuses it in another one
 
-    if not company:
+    if not brief:
         run(used, module=Net(rates=(0.03, 0.01)))
     resumed = _comparable(run(used, *others, ckpt_path=str(path)), plugins=size, numbered=numbered)
     assert_same(resumed, expected, "run resumed with used objects against uninterrupted run")
@@ -115,16 +136,17 @@ class _SaveEpoch(ModelCheckpoint):
 
     logged = 0
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         self.logged = self.logged or entries_so_far(trainer)
 
 
-def _saver(moment: str, step: int, path: Path) -> SaveAt | _SaveEpoch:
-    """Return the callback that saves at this moment."""
+def _saver(moment: str, step: int, path: Path, unseen: list[Any] | None = None) -> SaveAt | _SaveEpoch:
+    """Return the callback that saves at this moment, unseen by these plugins if there are any."""
     if moment == "epoch end":
         return _SaveEpoch(path.parent, "{step}", every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1)
-    return SaveAt(step, str(path), moment)
+    return SaveAt(step, str(path), moment, unseen)
 
 
 def _comparable(run: Run, plugins: int, skip: int = 0, *, numbered: bool) -> dict[str, Any]:
@@ -141,13 +163,17 @@ def _comparable(run: Run, plugins: int, skip: int = 0, *, numbered: bool) -> dic
 # ---------------------------------------------------------------------------------------------------- 6
 
 
-# Where a failure comes, in the optimizer step after CUT of them. A plugin may run passes of its own before or after the
-# live one, so that the first call of a step is not the live one, or not the only one. At the end of a batch it is
-# another callback's, after the update and before the plugin sees the end, unless that has moved to the front.
 FAILURES = ("train", "train, last call", "backward", "batch end", "validate", "validate, last call")
+"""Where a failure comes, in the optimizer step after :data:`CUT` of them.
+
+A plugin may run passes of its own before or after the live one, so that the first call of a step is not the live one,
+or not the only one. At the end of a batch it is another callback's, after the update and before the plugin sees the
+end, unless that has moved to the front.
+"""
 
 
 class _FailsAtBatchEnd(Callback):
+    @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step == CUT:
             raise RuntimeError("deliberate failure of another callback")
@@ -172,13 +198,18 @@ def check_exception(row: Row, where: str, tmp_path: Path) -> None:
     trainer = trainer_of(plugin, module, [_FailsAtBatchEnd()] if where == "batch end" else [])
     place, _, last = where.partition(", ")
     module.fail_at = (place, CUT)
-    whole = DictNet()
-    if last or row.has_rounds:
+
+    def run_without_failure() -> DictNet:
+        whole = DictNet()
         trainer_of(row.settings.make(), whole, []).fit(whole, Stream(), Stream(2, seed=5))
+        return whole
+
+    if last or row.has_rounds:
+        whole = once(row.settings, "a run without a failure", run_without_failure)
     if last:
         # How many calls there are, a run without a failure says.
         module.fail_at = (place, CUT, whole.step_calls.counts[place, CUT])
-    run = Run(None, module, [plugin])
+    run = Run(trainer, module, [plugin])
     hooks = _hooks(module)
     with pytest.raises(RuntimeError, match="deliberate failure"):
         trainer.fit(module, Stream(), Stream(2, seed=5))
@@ -207,6 +238,7 @@ def check_leftovers(row: Row, other: Row, whole: Run) -> None:
         other: The other one.
         whole: A run of them without a failure, which says how many calls of a step there are.
     """
+    assert isinstance(whole.module, Net)
     for call in sorted({1, whole.module.step_calls.counts["train", 2]}):
         module = DictNet()
         module.fail_at = "train", 2, call
@@ -221,16 +253,17 @@ def check_leftovers(row: Row, other: Row, whole: Run) -> None:
 def check_failing_test(row: Row, tmp_path: Path) -> None:
     """A test that fails after a fit leaves the module's weights as they were, in the same and in a new Trainer."""
     plugin = row.settings.make()
-    run = fit([plugin], validation=Stream(2, seed=5), max_steps=STEPS)
+    module = Net()
+    run = fit([plugin], module=module, validation=Stream(2, seed=5), max_steps=STEPS)
     # The host lets all processes test with the buffers of rank 0.
-    before = of_rank_zero(copy.deepcopy(run.module.state_dict()))
+    before = of_rank_zero(copy.deepcopy(module.state_dict()))
     (again,) = _for_another_trainer([plugin], [row.settings.make()])
-    new = Trainer(**attach([again], {**QUIET, "devices": processes()}, run.module))
+    new = Trainer(**attach([again], {**QUIET, "devices": processes()}, module))
     for trainer, which in ((run.trainer, "the same Trainer"), (new, "a new Trainer")):
-        run.module.fail_at = ("test", trainer.global_step)
+        module.fail_at = ("test", trainer.global_step)
         with pytest.raises(RuntimeError, match="deliberate failure"):
-            trainer.test(run.module, Stream(2, seed=5), verbose=False)
-        assert_same(run.module.state_dict(), before, f"weights after a failing test in {which}")
+            trainer.test(module, Stream(2, seed=5), verbose=False)
+        assert_same(module.state_dict(), before, f"weights after a failing test in {which}")
     _assert_as_new(row, plugin, "an object that saw a failing test")
 
 
@@ -248,8 +281,12 @@ def _assert_as_new(row: Row, plugin: Any, what: str) -> None:
     if isinstance(plugin, Strategy):
         assert len(used.steps) == STEPS, f"{what} took {len(used.steps)} steps, not {STEPS}"
         return
-    fresh = fit([row.settings.make()], validation=Stream(2, seed=5), max_steps=STEPS)
-    assert_same(used.snapshot(), fresh.snapshot(), f"{what} on another module against a fresh object")
+
+    def run_of_a_fresh_object() -> dict[str, Any]:
+        return fit([row.settings.make()], validation=Stream(2, seed=5), max_steps=STEPS).snapshot()
+
+    fresh = once(row.settings, "a run of a fresh object", run_of_a_fresh_object)
+    assert_same(used.snapshot(), fresh, f"{what} on another module against a fresh object")
 
 
 def _hooks(module: LightningModule) -> dict[str, int]:
@@ -281,6 +318,7 @@ def _is_wrap(target: Any, name: str, value: Any) -> bool:
 
 
 def is_finite(module: LightningModule) -> bool:
+    """Tell whether all weights and buffers are finite."""
     return all(bool(value.isfinite().all()) for value in without_metric(module).values() if value.is_floating_point())
 
 

@@ -7,9 +7,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
+__all__ = ["BATCHES", "BATCH_SIZE", "FEATURES", "EndlessStream", "Order", "Stream", "place_in_group"]
+
 FEATURES = 6
+"""How wide a sample is."""
 BATCHES = 6
+"""Batches in an epoch."""
 BATCH_SIZE = 8
+"""Samples in a batch, of all processes together."""
 
 
 def place_in_group() -> tuple[int, int]:
@@ -47,7 +52,7 @@ class Order(Sampler[list[int]]):
         return indices[(rank + self.epoch) % world :: world]
 
 
-class Stream(DataLoader):
+class Stream(DataLoader[tuple[Tensor, ...]]):
     """A loader over a dataset with indices, whose samples follow from the batch's number, and which can be resumed."""
 
     def __init__(self, batches: int = BATCHES, seed: int = 0) -> None:
@@ -62,9 +67,11 @@ class Stream(DataLoader):
         return self.dataset[BATCH_SIZE * index : BATCH_SIZE * (index + 1)]
 
     def state_dict(self) -> dict[str, int]:
+        """Return how far it is."""
         return {"position": self.order.position, "epoch": self.order.epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there."""
         self.order.position, self.order.epoch = state["position"], state["epoch"]
 
 
@@ -74,10 +81,10 @@ def _samples(seed: int) -> tuple[Tensor, Tensor]:
     return x, torch.sin(x.sum(1, keepdim=True)) + 0.1 * torch.randn(BATCH_SIZE, 1, generator=generator)
 
 
-class EndlessStream(IterableDataset):
+class EndlessStream(IterableDataset[tuple[Tensor, ...]]):
     """A dataset without a length."""
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         stream = Stream()
         while True:
             yield from iter(stream)

@@ -3,27 +3,27 @@
 import dataclasses
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from contract import contracts
-from contract.harness import Net, SaveAt, Stream, assert_same, fit
-from contract.modules import prepared_by, trained_by
-from contract.rows import CUT, STEPS, Row, StrategySettings, preparation, resolve
-from contract.strategy_oracles import vector
-from contract.workers import Pair, of_all_ranks, of_rank_zero
 from lightning.pytorch import Callback, LightningModule, Trainer
-from oracles.averaging_twin import ema
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_stable.callbacks import EMA
+from lightning_stable.testing import contracts
+from lightning_stable.testing.harness import Net, SaveAt, Stream, assert_same, fit, vector
+from lightning_stable.testing.modules import prepared_by, trained_by
+from lightning_stable.testing.rows import CUT, STEPS, Row, StrategySettings, found_by, preparation
+from lightning_stable.testing.workers import Pair, of_all_ranks, of_rank_zero
+
+__all__ = ["begin", "check_alone", "check_shared_average", "check_two_ranks", "job", "on_both_ranks"]
 
 
-def on_both_ranks(
-    workers: Pair, check: str, row: Row, tmp_path: Path, row_path: str | None = None, **arguments: Any
-) -> None:
+def on_both_ranks(workers: Pair, check: str, row: Row, tmp_path: Path, **arguments: Any) -> None:
     """Run one of the checks in both processes of the pair.
 
     Args:
@@ -31,11 +31,16 @@ def on_both_ranks(
         check: Name of a function of ``contracts.py`` or of this file.
         row: The strategy.
         tmp_path: A folder for both.
-        row_path: Where the processes find the row; by default among those of all methods.
-        arguments: What else the check takes; of another row its name.
+        arguments: What else the check takes; another row crosses as the first one does.
     """
-    path = row_path or f"contract.settings:BY_NAME[{row.name}]"
-    workers.run("contract.strategy_checks:job", check=check, row_path=path, folder=str(tmp_path), arguments=arguments)
+    crossing = {name: found_by(value) if isinstance(value, Row) else value for name, value in arguments.items()}
+    workers.run(
+        "lightning_stable.testing.strategy_checks:job",
+        check=check,
+        find=found_by(row),
+        folder=str(tmp_path),
+        arguments=crossing,
+    )
 
 
 def begin() -> None:
@@ -44,13 +49,12 @@ def begin() -> None:
         dist.init_process_group("gloo")
 
 
-def job(check: str, row_path: str, folder: str, arguments: dict[str, Any]) -> None:
+def job(check: str, find: Callable[[], Row], folder: str, arguments: dict[str, Any]) -> None:
     """Run a check on this rank."""
     os.chdir(tempfile.mkdtemp(dir=folder))
     begin()
-    row = resolve(row_path)
-    if "other" in arguments:
-        arguments = {**arguments, "other": resolve(arguments["other"])}
+    row = find()
+    arguments = {name: value() if callable(value) else value for name, value in arguments.items()}
     prepare = preparation(row, *(value for value in arguments.values() if isinstance(value, Row)))
     function = globals().get(check) or getattr(contracts, check)
     optimizer = row.settings.optimizer if isinstance(row.settings, StrategySettings) else "sgd"
@@ -67,6 +71,7 @@ class _SeenInValidation(Callback):
     def __init__(self) -> None:
         self.seen: dict[int, Tensor] = {}
 
+    @override
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self.seen[trainer.global_step] = vector(dict(pl_module.named_parameters()))
 
@@ -100,6 +105,7 @@ class _AfterEachStep(Callback):
     def __init__(self) -> None:
         self.weights: list[Tensor] = []
 
+    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self.weights.append(vector(dict(pl_module.named_parameters())))
 
@@ -110,11 +116,12 @@ def check_shared_average(row: Row, tmp_path: Path) -> None:
     average = EMA(decay=0.8, finish_with="live")
     fit([row.settings.make(), notes, average, SaveAt(CUT - 1, str(path))], max_steps=STEPS)
     means = [torch.stack(pair).mean(0).double() for pair in zip(*of_all_ranks(notes.weights), strict=True)]
-    begin = vector(dict(Net().named_parameters())).double()
-    expected = ema([[weights.tolist()] for weights in (begin, *means[: CUT - 1])], 0.8, None)
+    expected = vector(dict(Net().named_parameters())).double()
+    for weights in means[: CUT - 1]:
+        expected = 0.8 * expected + 0.2 * weights
     saved = next(state for key, state in torch.load(path, weights_only=True)["callbacks"].items() if "EMA" in key)
     found = vector(saved["shadow"]).double()
-    assert_same(found, torch.tensor(expected[0], dtype=torch.float64), "EMA against that of the mean weights", 1e-6)
+    assert_same(found, expected, "EMA against that of the mean weights", 1e-6)
     ended = vector(average.averaged())
     assert_same(ended, of_rank_zero(ended), "the average of a rank against that of rank 0 at the end")
 

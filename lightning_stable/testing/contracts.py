@@ -1,7 +1,7 @@
 """The eleven contracts, each a function over one row that raises ``AssertionError`` where the plugin breaks it.
 
-They know no method by name: what differs between methods is in its row of ``settings.py``. Resuming, failures and reuse
-are in ``recovery.py``, the templates and the card in ``documents.py``; all are called from here.
+They know no method by name: what differs between methods is in its row. Resuming, failures and reuse are in
+``recovery.py``, the templates and the card in ``documents.py``; all are called from here.
 """
 
 import copy
@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from contract.documents import HEADINGS, check_card, check_yaml
-from contract.feeding import is_metric, without_metric
-from contract.harness import MODULES, Net, SaveAt, Stream, assert_same, differences, fit
-from contract.modules import prepared_by
-from contract.recovery import (
+
+from lightning_stable.testing.documents import HEADINGS, check_card, check_yaml
+from lightning_stable.testing.feeding import is_metric, without_metric
+from lightning_stable.testing.harness import MODULES, Net, SaveAt, Stream, assert_same, differences, fit, once
+from lightning_stable.testing.modules import prepared_by
+from lightning_stable.testing.recovery import (
     FAILURES,
     MOMENTS,
     check_exception,
@@ -27,9 +28,8 @@ from contract.recovery import (
     check_reuse,
     is_finite,
 )
-from contract.rows import CUT, STEPS, Row, Settings, StrategySettings, on_top_of, preparation, resolve
-from contract.workers import Pair, processes
-from lightning.pytorch import LightningModule
+from lightning_stable.testing.rows import CUT, STEPS, Row, Settings, StrategySettings, found_by, on_top_of, preparation
+from lightning_stable.testing.workers import Pair, processes
 
 __all__ = [
     "CUT",
@@ -54,7 +54,6 @@ __all__ = [
     "check_safe_load",
     "check_two_processes",
     "check_yaml",
-    "resolve",
     "two_process_job",
 ]
 
@@ -87,7 +86,7 @@ def check_inert(row: Row, tmp_path: Path) -> None:
         }
 
     plain_logs: list[tuple[int, dict[str, float]]] = []
-    without = run([])
+    without = once(check_inert, "nothing at all", lambda: run([]))
     plain_logs = without["logged"]
     tolerance = row.settings.tolerance if isinstance(row.settings, StrategySettings) and processes() > 1 else 0.0
     for number, identity in enumerate(row.settings.identities):
@@ -98,15 +97,15 @@ def check_inert(row: Row, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- 4
 
 
-def two_process_job(make_path: str, prepare: Callable[[LightningModule], None] | None = None) -> dict[str, Any]:
+def two_process_job(find: Callable[[], Row]) -> dict[str, Any]:
     """Run in each of two processes: fit under DDP and return what the ranks have to agree in."""
     # Apart from the other rank, and from where the processes were started.
     os.chdir(tempfile.mkdtemp())
-    plugin = resolve(make_path)()
-    with prepared_by(prepare):
+    row = find()
+    with prepared_by(preparation(row)):
         module = Net(norm=False)
     run = fit(
-        [plugin],
+        [row.settings.make()],
         module=module,
         validation=Stream(2, seed=5),
         max_steps=STEPS,
@@ -117,10 +116,9 @@ def two_process_job(make_path: str, prepare: Callable[[LightningModule], None] |
     return {**run.snapshot(), "steps": [step._asdict() for step in run.steps]}
 
 
-def check_two_processes(row: Row, workers: Pair, make_path: str) -> None:
+def check_two_processes(row: Row, workers: Pair) -> None:
     """Two gloo processes end bit-equal, and equal to one process that sees the same samples (or the row's twin)."""
-    prepare = preparation(row)
-    first, second = workers.run("contract.contracts:two_process_job", make_path=make_path, prepare=prepare)
+    first, second = workers.run("lightning_stable.testing.contracts:two_process_job", find=found_by(row))
     shared = ("weights", "optimizers", "plugins", "steps")
     assert_same([second[key] for key in shared], [first[key] for key in shared], "rank 1 against rank 0")
     single = fit(
@@ -151,6 +149,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "accumulation and clipping": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05},
     "bf16-mixed": {"precision": "bf16-mixed"},
 }
+"""The settings of a Trainer under which an oracle recomputes what the plugin did."""
 
 
 def check_oracle(row: Row, how: str, tmp_path: Path) -> None:
@@ -192,7 +191,8 @@ def check_any_module(row: Row, kind: str, tmp_path: Path) -> None:
             run([row.settings.make()])
         assert row.class_name in str(caught.value), f"the error does not name {row.class_name}: {caught.value}"
         return
-    (ended, logged), (plain, usual) = run([row.settings.make()]), run([])
+    ended, logged = run([row.settings.make()])
+    plain, usual = once(MODULES, kind, lambda: run([]))
     if row.settings.observer:
         assert_same(ended, plain, f"{row.name}, which only reports, against nothing at all")
         assert logged - usual, f"{row.name} reported nothing: only {sorted(usual)} were logged, as without it"
@@ -215,9 +215,10 @@ def check_safe_load(row: Row, tmp_path: Path) -> None:
         checkpoint = torch.load(saved, weights_only=True)
         # A metric's state is in the module's, that of a callback under the callbacks, of other plugins at the top.
         keys = [*checkpoint["state_dict"]] if is_metric(plugin) else [*checkpoint.get("callbacks", {}), *checkpoint]
-        own = "metric." if is_metric(plugin) else type(plugin).__name__
-        assert any(own in key for key in keys) or not _has_state(row, plugin), "its state was not saved"
-    assert not [entry for entry in allowed if "lightning_stable" in str(entry)], "classes were put on the safe list"
+        name = "metric." if is_metric(plugin) else type(plugin).__name__
+        assert any(name in key for key in keys) or not _has_state(row, plugin), "its state was not saved"
+    own = row.class_path.partition(".")[0]
+    assert not [entry for entry in allowed if own in str(entry)], "classes were put on the safe list"
 
 
 def _has_state(row: Row, plugin: Any) -> bool:
@@ -238,7 +239,7 @@ def check_company(row: Row, other: Row, tmp_path: Path) -> None:
         check_resume(row, tmp_path, company=(other,), cut=CUT - 1, rounds=True)
         return
     if pattern is None:
-        check_leftovers(row, other, check_resume(row, tmp_path, company=(other,)))
+        check_leftovers(row, other, check_resume(row, tmp_path, company=(other,), brief=True))
         return
     with pytest.raises(ValueError, match=pattern) as caught:
         fit([row.settings.make(), other.settings.make()], max_steps=2)
@@ -249,4 +250,4 @@ def check_company(row: Row, other: Row, tmp_path: Path) -> None:
 def check_precision_company(row: Row, precision: str, tmp_path: Path) -> None:
     """The plugin trains and resumes bit-exactly under one of the host's precisions."""
     row, settings = on_top_of(row, {"precision": precision})
-    check_resume(row, tmp_path, **settings)
+    check_resume(row, tmp_path, brief=True, **settings)

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from contract.harness import assert_same
-from contract.rows import Row, resolve
+
+from lightning_stable.testing.harness import assert_same
+from lightning_stable.testing.rows import Row, resolve
+
+__all__ = ["HEADINGS", "check_card", "check_yaml"]
 
 # ---------------------------------------------------------------------------------------------------- 2
 
@@ -78,6 +81,7 @@ HEADINGS = (
     "Evidence",
     "Reference",
 )
+"""What a card has, in this order."""
 
 
 def check_card(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +113,8 @@ def _arguments(row: Row) -> list[str]:
     for kind in plugin.__mro__:
         if dataclasses.is_dataclass(kind) and kind.__module__.partition(".")[0] == module.partition(".")[0]:
             # Its constructor takes the fields of the host's base, too, in one signature.
-            arguments |= dict.fromkeys(inspect.get_annotations(kind))
+            fields: Any = kind
+            arguments |= dict.fromkeys(inspect.get_annotations(fields))
             continue
         # What a class passes on to its base is a setting of the base, up to the host's own.
         if kind.__module__.partition(".")[0] != module.partition(".")[0] or "__init__" not in vars(kind):
