@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_stable.callbacks.softmax_collapse import SoftmaxCollapseMonitor
     from lightning_stable.callbacks.spike_guard import SpikeGuard
     from lightning_stable.callbacks.stability_gap import StabilityGap
+    from lightning_stable.callbacks.stability_report import StabilityReport
     from lightning_stable.callbacks.stable_spam import StableSPAM
     from lightning_stable.callbacks.wsd import WarmupStableDecay
 
@@ -43,6 +44,7 @@ __all__ = [
     "SoftmaxCollapseMonitor",
     "SpikeGuard",
     "StabilityGap",
+    "StabilityReport",
     "StableSPAM",
     "WarmupStableDecay",
 ]

@@ -1,6 +1,7 @@
 """Run the validation of a module inside training, once more, and keep what it logs to oneself."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +15,7 @@ from torchmetrics import Metric
 
 from lightning_stable._glue.batches import eval_mode, fresh_loaders, to_device
 from lightning_stable._glue.method_wrap import MethodWrap
+from lightning_stable._glue.progress import progress
 
 __all__ = ["LoggedValue", "evaluate_validation"]
 
@@ -56,7 +58,7 @@ def evaluate_validation(trainer: Trainer, pl_module: LightningModule) -> dict[st
         with torch.no_grad(), isolate_rng(), eval_mode(pl_module):
             pl_module.on_validation_start()
             pl_module.on_validation_epoch_start()
-            for batch, batch_idx, dataloader_idx in iter(loaders):
+            for batch, batch_idx, dataloader_idx in _shown(trainer, loaders):
                 moved = to_device(trainer, pl_module, batch, dataloader_idx)
                 recorder.position(moved, dataloader_idx)
                 _step(trainer, pl_module, moved, batch_idx, dataloader_idx if several else None)
@@ -128,6 +130,11 @@ def _fresh_loaders(trainer: Trainer) -> CombinedLoader:
     loaders = fresh_loaders(cast(Any, trainer).fit_loop.epoch_loop.val_loop._combined_loader)
     loaders.limits = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
     return loaders
+
+
+def _shown(trainer: Trainer, loaders: CombinedLoader) -> Iterator[Any]:
+    """Iterate over the loaders, and show it."""
+    return progress(trainer, iter(loaders), "Validation of the other weights", sum(loaders.limits or [math.inf]))
 
 
 def _step(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int | None) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_stable._glue.batches import eval_mode
+from lightning_stable._glue.progress import progress
 from lightning_stable._glue.quiet import QuietPass, loss_of, run_training_step
 
 __all__ = ["fisher_diagonal"]
@@ -52,7 +53,7 @@ def fisher_diagonal(
     parameters = [live[name] for name in trained]
     count = 0
     with torch.enable_grad(), quiet(pl_module), eval_mode(pl_module), _recurrent_parts(pl_module):
-        for batch in batches:
+        for batch in progress(trainer, batches, "Fisher information of the task"):
             count += 1
             with trainer.precision_plugin.train_step_context():
                 loss = loss_of(run_training_step(pl_module, batch))

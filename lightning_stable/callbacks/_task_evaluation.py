@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 from lightning_stable._glue.batches import eval_mode, to_device
+from lightning_stable._glue.progress import progress
 from lightning_stable._glue.quiet import QuietPass
 from lightning_stable.callbacks._attributes import attributes_kept
 from lightning_stable.callbacks._reference import call_with_weights
@@ -210,7 +211,8 @@ class TaskEvaluation:
         """Return the sum over this process's samples of each task."""
         sums = torch.zeros(max(tasks) + 1, device=pl_module.device)
         with torch.no_grad(), self._traceless(pl_module, steps=self.score.runs_step):
-            for chunk in self._prepared(trainer, pl_module, tasks, joined=self.score.joined):
+            chunks = self._prepared(trainer, pl_module, tasks, joined=self.score.joined)
+            for chunk in progress(trainer, chunks, "StabilityGap: evaluation of tasks", len(chunks)):
                 with trainer.precision_plugin.forward_context():
                     # A module may change its batch in place.
                     self.score.add(pl_module, chunk._replace(batch=_copied(chunk.batch)), classes, metrics, sums)

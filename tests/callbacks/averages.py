@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from contract.harness import Net, Stream
 from oracles.averaging_twin import ema
 from torch import Tensor, nn
+
+from lightning_stable.testing.harness import Net, Stream
 
 
 def validation() -> Stream:

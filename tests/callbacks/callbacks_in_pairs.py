@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 from contract.broken import row
-from contract.harness import Net, fit
-from contract.modules import trained_by
-from contract.workers import of_all_ranks, of_rank_zero
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_stable.callbacks import EMA, SAM, BalancedEMA, LwF, SpikeGuard, StableSPAM
 from lightning_stable.strategies import LocalSGDStrategy, OneBitAdamStrategy
+from lightning_stable.testing.harness import Net, fit
+from lightning_stable.testing.modules import trained_by
+from lightning_stable.testing.workers import of_all_ranks, of_rank_zero
 
 # Further settings under contract beside a strategy with local steps.
 ROWS = {

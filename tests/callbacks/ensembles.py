@@ -4,12 +4,12 @@ import copy
 from typing import Any
 
 import torch
-from contract.harness import QUIET, Net, Stream
 from lightning.pytorch import LightningModule, Trainer
 from tasks import SWITCHES
 from torch import Tensor
 
 from lightning_stable.callbacks.lae import LAE
+from lightning_stable.testing.harness import QUIET, Net, Stream
 
 SETTINGS: dict[str, Any] = {"parameters": ["body.*"], "decay": 0.6, "calibration_steps": 2, "task_steps": SWITCHES}
 

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from contract.harness import Net
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_stable.testing.harness import Net
 
 
 class NetWith(Net):

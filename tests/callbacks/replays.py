@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from contract.harness import Run
 from oracles.replay_twin import Labelled
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stable.callbacks.replay import Replay
+from lightning_stable.testing.harness import Run
 
 
 def small(**settings: Any) -> Replay:

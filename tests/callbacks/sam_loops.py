@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contract.harness import Net, fit
-from contract.streams import BATCHES, Stream
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_stable.callbacks.sam import SAM
+from lightning_stable.testing.harness import Net, fit
+from lightning_stable.testing.streams import BATCHES, Stream
 
 RHO = 0.2
 STEPS = 20

@@ -4,13 +4,13 @@ import types
 from typing import Any
 
 import pytest
-from contract.harness import EndlessStream, Net, Run, fit
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import timer as timer_module
 from torch.utils.data import DataLoader
 
 from lightning_stable.callbacks import WarmupStableDecay, _decay_request
 from lightning_stable.functional.wsd import wsd_multiplier
+from lightning_stable.testing.harness import EndlessStream, Net, Run, fit
 
 
 def factors(run: Any) -> list[float]:

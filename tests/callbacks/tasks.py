@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from contract.harness import Net, Run, SaveAt, Stream, fit
-from contract.streams import BATCHES
 from gradients import NetWith, weights
 from lightning.pytorch import Callback
 from torch import Tensor, nn
@@ -17,6 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_stable.callbacks.ewc import EWC
 from lightning_stable.callbacks.l2_anchor import L2Anchor
 from lightning_stable.callbacks.lwf import LwF
+from lightning_stable.testing.harness import Net, Run, SaveAt, Stream, fit
+from lightning_stable.testing.streams import BATCHES
 
 Batch = tuple[Tensor, ...]
 # A run of 14 steps, of tasks of 5, 4 and 5 steps.

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from averages import flat
-from contract.harness import Net, Run, SaveAt, Stream, assert_same, fit
 from oracles.averaging_twin import BalancedAverage
 from torch import Tensor
 
 from lightning_stable.callbacks import EMA, BalancedEMA
+from lightning_stable.testing.harness import Net, Run, SaveAt, Stream, assert_same, fit
 
 
 def twin_of(run: Run, form: str, fallback: float) -> tuple[BalancedAverage, list[list[float]]]:

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Net, Run, SaveAt, assert_same, fit
 from gradients import weights
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from tasks import STEPS, SWITCHES
 
 from lightning_stable.callbacks import EWC, LAE, L2Anchor, LwF, RefreshLearning, Replay
+from lightning_stable.testing.harness import Net, Run, SaveAt, assert_same, fit
 
 CALLBACKS: dict[str, Callable[[], Callback]] = {
     "replay": lambda: Replay(capacity=20),

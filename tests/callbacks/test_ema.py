@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from averages import assert_average, parameters, validation
-from contract.harness import DictNet, Net, TwoOptimizerNet, assert_same, fit
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from lightning_stable.callbacks import EMA
+from lightning_stable.testing.harness import DictNet, Net, TwoOptimizerNet, assert_same, fit
 
 # ------------------------------------------------------------------ precision, device, buffers
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from averages import assert_average, loss_of, parameters, validation
-from contract.harness import OUTPUTS, Net, SaveAt, Stream, assert_same, fit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_stable.callbacks import EMA
+from lightning_stable.testing.harness import OUTPUTS, Net, SaveAt, Stream, assert_same, fit
 
 # ------------------------------------------------------------------ checkpoints
 

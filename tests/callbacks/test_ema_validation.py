@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from averages import flat, loss_of, parameters, validation
-from contract.harness import Net, Stream, assert_same, fit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from oracles.averaging_twin import ema
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_stable.callbacks import EMA
+from lightning_stable.testing.harness import Net, Stream, assert_same, fit
 
 # ------------------------------------------------------------------ what validation measures
 

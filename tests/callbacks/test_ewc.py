@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import ManualNet, Net, PlainBoring, SaveAt, Stream, assert_same, fit
-from contract.workers import Pair
 from gradients import NetWith, entries, weights
 from oracles.shared_twin import SharedEWC
 from tasks import (
@@ -29,6 +27,8 @@ from torch.utils.data import DataLoader
 
 from lightning_stable.callbacks.ewc import EWC
 from lightning_stable.callbacks.mesa import MESA
+from lightning_stable.testing.harness import ManualNet, Net, PlainBoring, SaveAt, Stream, assert_same, fit
+from lightning_stable.testing.workers import Pair
 
 LAM, DECAY = 2.0, 0.9
 

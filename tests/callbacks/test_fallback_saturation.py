@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 from contract.fallback_checks import Converting
-from contract.harness import fit
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_stable.callbacks.numerics_monitor import NumericsMonitor
 from lightning_stable.callbacks.precision_fallback import PrecisionFallback
 from lightning_stable.functional.quantize import Quantizer
+from lightning_stable.testing.harness import fit
 
 
 class Keeps(Callback):

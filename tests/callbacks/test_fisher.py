@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import DictNet, Net, PlainBoring, Stream, assert_same, fit
-from contract.workers import Pair
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -18,6 +16,8 @@ from lightning_stable._glue.quiet import QuietPass
 from lightning_stable.callbacks._fisher import fisher_diagonal
 from lightning_stable.callbacks.lwf import LwF
 from lightning_stable.callbacks.sam import SAM
+from lightning_stable.testing.harness import DictNet, Net, PlainBoring, Stream, assert_same, fit
+from lightning_stable.testing.workers import Pair
 
 Batch = tuple[Tensor, ...]
 

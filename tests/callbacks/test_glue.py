@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from contract.harness import Net
 
 from lightning_stable._glue.method_wrap import MethodWrap
 from lightning_stable.callbacks._weights import _CHUNK_BYTES, WeightSwap, _chunks
+from lightning_stable.testing.harness import Net
 
 
 def doubling(original, *args):

@@ -4,11 +4,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from contract.harness import Net
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_stable.callbacks._head import HeadTap
+from lightning_stable.testing.harness import Net
 
 
 class Output(NamedTuple):

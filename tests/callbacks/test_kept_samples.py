@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Net, SaveAt, assert_same, fit
 from gradients import NetWith, Watches, weights
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -18,6 +17,7 @@ from lightning_stable.callbacks.ewc import EWC
 from lightning_stable.callbacks.orthograd import OrthoGrad
 from lightning_stable.callbacks.refresh_learning import RefreshLearning
 from lightning_stable.callbacks.spike_guard import SpikeGuard
+from lightning_stable.testing.harness import Net, SaveAt, assert_same, fit
 
 Keeper = EWC | RefreshLearning
 KEEPERS: dict[str, Callable[..., Any]] = {

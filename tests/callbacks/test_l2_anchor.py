@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import ManualNet, Net, TwoOptimizerNet, assert_same, fit
-from contract.workers import Pair
 from gradients import NetWith, entries, weights
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tasks import HOWS, SHARED, STEPS, SWITCHES, ByHand, a_fit_for_each_task, fit_tasks, one_fit, resumed, sgd
@@ -16,6 +14,8 @@ from torch import Tensor, nn
 
 from lightning_stable.callbacks.l2_anchor import L2Anchor
 from lightning_stable.callbacks.sam import SAM
+from lightning_stable.testing.harness import ManualNet, Net, TwoOptimizerNet, assert_same, fit
+from lightning_stable.testing.workers import Pair
 
 LAM = 2.0
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import ManualNet, Net, Stream, assert_same, fit
-from contract.streams import BATCHES
-from contract.workers import Pair
 from ensembles import SETTINGS, ensemble_loss, held_out, quick, validated
 from gradients import NetWith, weights
 from lightning.pytorch import Callback, Trainer
 from tasks import HOWS, STEPS, SWITCHES, a_fit_for_each_task, fit_tasks, one_fit
 from torch import Tensor, nn
+
+from lightning_stable.testing.harness import ManualNet, Net, Stream, assert_same, fit
+from lightning_stable.testing.streams import BATCHES
+from lightning_stable.testing.workers import Pair
 
 
 def by_hand(accumulate_grad_batches: int = 1, gradient_clip_val: float | None = None) -> tuple[Net, dict[str, Tensor]]:

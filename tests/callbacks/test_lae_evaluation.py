@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import QUIET, Net, SaveAt, assert_same, fit
 from ensembles import ensemble_loss, held_out, plain_loss, quick, validated
 from gradients import weights
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,6 +17,7 @@ from torchmetrics import MeanMetric
 from lightning_stable.callbacks.ema import EMA
 from lightning_stable.callbacks.mesa import MESA
 from lightning_stable.callbacks.stability_gap import StabilityGap
+from lightning_stable.testing.harness import QUIET, Net, SaveAt, assert_same, fit
 
 
 def test_validation_sees_the_ensemble_from_the_second_task_on() -> None:

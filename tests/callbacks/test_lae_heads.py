@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Net, fit
 from ensembles import held_out, quick, validated
 from lightning.pytorch import LightningModule
 from tasks import STEPS, fit_tasks
 from torch import Tensor, nn
 
 from lightning_stable._glue.quiet import is_quiet
+from lightning_stable.testing.harness import Net, fit
 
 
 class Wrapped(nn.Module):

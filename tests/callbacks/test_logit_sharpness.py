@@ -4,19 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import (
-    MODULES,
-    QUIET,
-    DictNet,
-    ManualNet,
-    MemoryLogger,
-    Net,
-    Stream,
-    TwoOptimizerNet,
-    assert_same,
-    fit,
-)
-from contract.workers import Pair
 from gradients import entries
 from lightning.pytorch import LightningModule, Trainer
 from oracles import logit_sharpness_twin as twin
@@ -29,6 +16,19 @@ from lightning_stable.callbacks.logit_sharpness import LogitSharpness
 from lightning_stable.callbacks.mesa import MESA
 from lightning_stable.callbacks.numerics_monitor import NumericsMonitor
 from lightning_stable.callbacks.sam import SAM
+from lightning_stable.testing.harness import (
+    MODULES,
+    QUIET,
+    DictNet,
+    ManualNet,
+    MemoryLogger,
+    Net,
+    Stream,
+    TwoOptimizerNet,
+    assert_same,
+    fit,
+)
+from lightning_stable.testing.workers import Pair
 
 NAME, TRAIN = "logit_sharpness", "logit_sharpness_train"
 CLASSES = 3

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import QUIET, ManualNet, Net, assert_same, fit
-from contract.workers import Pair
 from gradients import NetWith, weights
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from tasks import (
@@ -32,6 +30,8 @@ from torchmetrics import MeanMetric
 from lightning_stable.callbacks.lwf import LwF
 from lightning_stable.callbacks.sam import SAM
 from lightning_stable.functional.lwf import distillation_loss
+from lightning_stable.testing.harness import QUIET, ManualNet, Net, assert_same, fit
+from lightning_stable.testing.workers import Pair
 
 LAM, TEMPERATURE = 4.0, 2.0
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Net, Run, Stream, assert_same, fit
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torchmetrics import MeanMetric
 from lightning_stable.callbacks.mesa import MESA
 from lightning_stable.callbacks.sam import SAM
 from lightning_stable.functional.trajectory_loss import trajectory_loss
+from lightning_stable.testing.harness import Net, Run, Stream, assert_same, fit
 
 
 class Curious(Net):

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Stream, fit
 from gradients import entries
 from lightning.pytorch import LightningModule
 from oracles.numerics_twin import Counts, quantized
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from lightning_stable.callbacks.numerics_monitor import NumericsMonitor
 from lightning_stable.functional.quantize import Quantizer
 from lightning_stable.functional.simulated import convert, quantized_layers
+from lightning_stable.testing.harness import Stream, fit
 
 OPERANDS = ("weights", "activations", "gradients")
 

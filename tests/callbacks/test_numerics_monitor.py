@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import MODULES, DictNet, Net, SaveAt, Stream, assert_same, fit
-from contract.modules import TwoOptimizerNet
 from contract.numerics_checks import Operands
-from contract.workers import Pair
 from gradients import entries
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
@@ -25,6 +22,9 @@ from lightning_stable.callbacks.numerics_monitor import NumericsMonitor
 from lightning_stable.callbacks.sam import SAM
 from lightning_stable.functional.quantize import Quantizer
 from lightning_stable.functional.simulated import convert, quantized_layers
+from lightning_stable.testing.harness import MODULES, DictNet, Net, SaveAt, Stream, assert_same, fit
+from lightning_stable.testing.modules import TwoOptimizerNet
+from lightning_stable.testing.workers import Pair
 
 OPERANDS = ("weights", "activations", "gradients")
 ROWS = [[layer, operand] for layer in ("body.0", "head") for operand in OPERANDS]

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import pytorch_optimizer
 import torch
-from contract.harness import QUIET, Net, Stream, TwoOptimizerNet, assert_same, fit
 from gradients import NetWith, Watches, weights
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_stable.callbacks.orthograd import OrthoGrad
+from lightning_stable.testing.harness import QUIET, Net, Stream, TwoOptimizerNet, assert_same, fit
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda parameters: SGD(parameters, lr=0.05, momentum=0.9),

@@ -11,8 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from contract.fallback_checks import Converting
-from contract.harness import Net, SaveAt, Stream, TwoOptimizerNet, assert_same, fit
-from contract.workers import Pair
 from gradients import entries
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -22,6 +20,8 @@ from lightning_stable.callbacks.precision_fallback import PrecisionFallback
 from lightning_stable.callbacks.sam import SAM
 from lightning_stable.functional.quantize import Quantizer
 from lightning_stable.functional.simulated import quantized_layers
+from lightning_stable.testing.harness import Net, SaveAt, Stream, TwoOptimizerNet, assert_same, fit
+from lightning_stable.testing.workers import Pair
 
 # Calm enough for the net of the contracts, whose loss falls and varies between batches.
 CALM: dict[str, Any] = {

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Net, assert_same, fit
 from gradients import Watches, weights
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
@@ -14,6 +13,7 @@ from torch import Tensor
 from lightning_stable.callbacks.refresh_learning import RefreshLearning
 from lightning_stable.callbacks.sam import SAM
 from lightning_stable.callbacks.spike_guard import SpikeGuard
+from lightning_stable.testing.harness import Net, assert_same, fit
 
 
 def strong(**settings: Any) -> RefreshLearning:

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import DictNet, ManualNet, Net, Stream, assert_same, fit
-from contract.streams import BATCHES
-from contract.workers import Pair
 from gradients import weights
 from lightning.pytorch import Callback, LightningModule, Trainer
 from oracles.shared_twin import SharedRefreshLearning
@@ -22,6 +19,9 @@ from torchmetrics import MeanMetric
 from lightning_stable.callbacks.mesa import MESA
 from lightning_stable.callbacks.refresh_learning import RefreshLearning
 from lightning_stable.callbacks.sam import SAM
+from lightning_stable.testing.harness import DictNet, ManualNet, Net, Stream, assert_same, fit
+from lightning_stable.testing.streams import BATCHES
+from lightning_stable.testing.workers import Pair
 
 SETTINGS: dict[str, Any] = {
     "learning_rate": 0.1,

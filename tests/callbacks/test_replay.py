@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import DictNet, Net, SaveAt, Stream, assert_same, fit
-from contract.streams import BATCH_SIZE
 from lightning.pytorch import Callback
 from oracles.replay_twin import Labelled, labelled
 from replays import Calm, kept, numbered, rows, small, weights
@@ -18,6 +16,8 @@ from torchmetrics import MeanMetric
 from lightning_stable.callbacks.mesa import MESA
 from lightning_stable.callbacks.sam import SAM
 from lightning_stable.functional.replay import draw_evenly, reservoir_places
+from lightning_stable.testing.harness import DictNet, Net, SaveAt, Stream, assert_same, fit
+from lightning_stable.testing.streams import BATCH_SIZE
 
 # ---------------------------------------------------------------------------------------------------- what and when
 

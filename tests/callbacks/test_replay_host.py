@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Net, SaveAt, Stream, assert_same, fit
-from contract.workers import Pair
 from lightning.pytorch import Callback
 from oracles.replay_twin import Labelled, SharedReplay, labelled
 from replays import Calm, numbered, rows, small, weights
@@ -14,6 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stable.callbacks.replay import Replay
 from lightning_stable.callbacks.sam import SAM
+from lightning_stable.testing.harness import Net, SaveAt, Stream, assert_same, fit
+from lightning_stable.testing.workers import Pair
 
 # ---------------------------------------------------------------------------------------------------- its batches
 

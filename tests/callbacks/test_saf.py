@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import QUIET, Net, Run, Stream, assert_same, fit
-from contract.streams import BATCH_SIZE, BATCHES
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, WeightedRandomSampler
@@ -17,6 +15,8 @@ from lightning_stable.callbacks.sam import SAM
 from lightning_stable.data.digits import DigitsDataModule
 from lightning_stable.functional.trajectory_loss import soften
 from lightning_stable.recipes.image_classifier import ImageClassifier
+from lightning_stable.testing.harness import QUIET, Net, Run, Stream, assert_same, fit
+from lightning_stable.testing.streams import BATCH_SIZE, BATCHES
 
 
 def short(**settings: Any) -> SAF:

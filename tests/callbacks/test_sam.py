@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Net, Run, Stream, assert_same, fit
-from contract.workers import Pair
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from pytorch_optimizer import SAM as PeerSAM
@@ -15,6 +13,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_stable.callbacks.sam import SAM
+from lightning_stable.testing.harness import Net, Run, Stream, assert_same, fit
+from lightning_stable.testing.workers import Pair
 
 
 def weights(run: Run) -> dict[str, Tensor]:

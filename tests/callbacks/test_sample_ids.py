@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import QUIET
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -20,6 +19,7 @@ from torch.utils.data import (
 )
 
 from lightning_stable.callbacks._sample_ids import SampleIds
+from lightning_stable.testing.harness import QUIET
 
 SIZE = 22
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Net, fit
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
@@ -16,6 +15,7 @@ from transformers.modeling_outputs import ModelOutput
 from lightning_stable.callbacks._samples import SampleStore, count_samples, find_labels, rebuild, take_samples
 from lightning_stable.callbacks.ewc import EWC
 from lightning_stable.callbacks.replay import Replay
+from lightning_stable.testing.harness import Net, fit
 
 Pair = namedtuple("Pair", ["x", "y"])
 

@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import (
+from gradients import entries
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_stable.callbacks.mesa import MESA
+from lightning_stable.callbacks.sam import SAM
+from lightning_stable.callbacks.softmax_collapse import SoftmaxCollapseMonitor
+from lightning_stable.testing.harness import (
     MODULES,
     DictNet,
     ManualNet,
@@ -15,13 +22,6 @@ from contract.harness import (
     assert_same,
     fit,
 )
-from gradients import entries
-from lightning.pytorch import LightningModule
-from torch import Tensor, nn
-
-from lightning_stable.callbacks.mesa import MESA
-from lightning_stable.callbacks.sam import SAM
-from lightning_stable.callbacks.softmax_collapse import SoftmaxCollapseMonitor
 
 NAME = "softmax_collapse"
 

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from contract.harness import Net, SaveAt, Step, Stream, TwoOptimizerNet, assert_same, fit
-from contract.workers import Pair
 from gradients import NetWith, Watches, entries, weights
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -21,6 +19,8 @@ from torch.optim import AdamW
 
 from lightning_stable.callbacks.spike_guard import SpikeGuard
 from lightning_stable.callbacks.stable_spam import StableSPAM
+from lightning_stable.testing.harness import Net, SaveAt, Step, Stream, TwoOptimizerNet, assert_same, fit
+from lightning_stable.testing.workers import Pair
 
 # Calm enough for the net of the contracts, whose loss falls and varies between batches.
 CALM: dict[str, Any] = {"threshold": 20.0, "window": 12, "warmup_steps": 4}

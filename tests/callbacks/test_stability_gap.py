@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import QUIET
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from typing_extensions import override
 
 from lightning_stable.callbacks import EMA
 from lightning_stable.callbacks.stability_gap import StabilityGap
+from lightning_stable.testing.harness import QUIET
 
 FEATURES, CLASSES = 5, 4
 

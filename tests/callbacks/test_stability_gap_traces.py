@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Stream, fit
-from contract.workers import Pair
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_stability_gap import CLASSES, Classifier, curve, loaders, per_sample, run, samples, train
@@ -19,6 +17,8 @@ from lightning_stable.callbacks import EMA
 from lightning_stable.callbacks.stability_gap import StabilityGap
 from lightning_stable.data.task_stream import TaskStream
 from lightning_stable.recipes.image_classifier import ImageClassifier
+from lightning_stable.testing.harness import Stream, fit
+from lightning_stable.testing.workers import Pair
 
 # ---------------------------------------------------------------------------------------------------- no trace
 

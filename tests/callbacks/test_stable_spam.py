@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import pytorch_optimizer
 import torch
-from contract.harness import Net, SaveAt, TwoOptimizerNet, assert_same, fit
 from gradients import NetWith, Watches, entries
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -17,6 +16,7 @@ from torch.optim import SGD, Adam
 from lightning_stable.callbacks.stable_spam import StableSPAM
 from lightning_stable.functional import stable_spam
 from lightning_stable.functional.stable_spam import init_stable_spam, update_stable_spam
+from lightning_stable.testing.harness import Net, SaveAt, TwoOptimizerNet, assert_same, fit
 
 ADAM = {"lr": 0.01}
 OFF = {"clip": False, "norm": None}

@@ -3,13 +3,13 @@
 import pytest
 import pytorch_optimizer
 import torch
-from contract.harness import assert_same, fit
 from gradients import NetWith, Watches
 from torch import Tensor
 from torch.optim import Adam
 
 from lightning_stable.callbacks.stable_spam import StableSPAM
 from lightning_stable.functional.stable_spam import init_stable_spam, update_stable_spam
+from lightning_stable.testing.harness import assert_same, fit
 
 ADAM = {"lr": 0.01}
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Net, SaveAt, assert_same, fit
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from lightning_stable.callbacks._task_samples import TaskSamples
+from lightning_stable.testing.harness import Net, SaveAt, assert_same, fit
 
 
 class Owner(Callback):

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Net, SaveAt, Stream, fit
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_stable.callbacks import EWC, LAE, L2Anchor, LwF
 from lightning_stable.callbacks._tasks import TaskClock
+from lightning_stable.testing.harness import Net, SaveAt, Stream, fit
 
 
 class Watch(Callback):

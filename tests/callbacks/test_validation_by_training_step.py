@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import Net, Run, Stream, assert_same, fit
 from gradients import entries
 from lightning.pytorch import Callback
 from torch import Tensor
@@ -17,6 +16,7 @@ from lightning_stable.callbacks.replay import Replay
 from lightning_stable.callbacks.saf import SAF
 from lightning_stable.callbacks.sam import SAM
 from lightning_stable.callbacks.softmax_collapse import SoftmaxCollapseMonitor
+from lightning_stable.testing.harness import Net, Run, Stream, assert_same, fit
 
 STEPS = 14
 

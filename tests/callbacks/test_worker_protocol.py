@@ -2,14 +2,13 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from callbacks_in_pairs import ROWS, TEACHER_STEPS
-from contract.harness import AdamNet, AskAt, Net, Run, Stream, assert_same, fit
-from contract.workers import Pair
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -33,6 +32,9 @@ from lightning_stable.callbacks import (
     WarmupStableDecay,
 )
 from lightning_stable.callbacks._worker_state import mean_over_processes, trains_apart
+from lightning_stable.testing.harness import AdamNet, AskAt, Net, Run, Stream, assert_same, fit
+from lightning_stable.testing.rows import resolve
+from lightning_stable.testing.workers import Pair
 
 STEPS = 8
 GUARD: dict[str, Any] = {"watch": "norm", "threshold": 0.5, "window": 6, "warmup_steps": 3}
@@ -217,11 +219,11 @@ def test_one_process_exchanges_nothing() -> None:
 @pytest.mark.parametrize("setting", ROWS)
 def test_further_settings_resume_exactly(setting: str, workers: Pair, tmp_path: Path) -> None:
     workers.run(
-        "contract.strategy_checks:job",
+        "lightning_stable.testing.strategy_checks:job",
         check="check_company",
-        row_path="contract.settings:BY_NAME[local_sgd]",
+        find=partial(resolve, "contract.settings:BY_NAME[local_sgd]"),
         folder=str(tmp_path),
-        arguments={"other": f"callbacks_in_pairs:ROWS[{setting}]"},
+        arguments={"other": partial(resolve, f"callbacks_in_pairs:ROWS[{setting}]")},
     )
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from contract.harness import ManualNet, Net, Stream, assert_same, fit
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from schedules import endless, expected, factors
 
 from lightning_stable.callbacks import EMA, WarmupStableDecay
 from lightning_stable.functional.wsd import SHAPES
+from lightning_stable.testing.harness import ManualNet, Net, Stream, assert_same, fit
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -6,13 +6,13 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from contract.harness import ManualNet, Net, SaveAt, Stream, assert_same, fit
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, Timer
 from schedules import AskAt, endless, expected, factors, fit_against_the_clock
 
 from lightning_stable.callbacks import WarmupStableDecay
 from lightning_stable.functional.wsd import wsd_multiplier
+from lightning_stable.testing.harness import ManualNet, Net, SaveAt, Stream, assert_same, fit
 
 # ------------------------------------------------------------------ branches
 

@@ -4,9 +4,10 @@ Everything is float64 and one sample, one tensor at a time.
 """
 
 import torch
-from contract.harness import Net
 from oracles.trajectory_twin import per_sample
 from torch import Tensor, nn
+
+from lightning_stable.testing.harness import Net
 
 Named = dict[str, Tensor]
 Batch = tuple[Tensor, ...]

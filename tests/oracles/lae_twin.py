@@ -1,9 +1,10 @@
 """A slow twin of LAE (arXiv 2303.10070): a slow copy of a few weights, and the surer of both at each class."""
 
 import torch
-from contract.harness import Net
 from oracles.trajectory_twin import probabilities
 from torch import Tensor
+
+from lightning_stable.testing.harness import Net
 
 Named = dict[str, Tensor]
 

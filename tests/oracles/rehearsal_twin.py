@@ -7,8 +7,9 @@ fit, and what the optimizer makes of them follows from the notes.
 from typing import Any
 
 import torch
-from contract.harness import Net
 from torch import Tensor
+
+from lightning_stable.testing.harness import Net
 
 Batch = tuple[Tensor, ...]
 

@@ -8,9 +8,10 @@ the run: every micro-batch passes once through the module at the recorded weight
 from collections.abc import Callable, Iterator
 
 import torch
-from contract.harness import Net, Run, Step
-from contract.streams import BATCHES, Stream
 from torch import Tensor
+
+from lightning_stable.testing.harness import Net, Run, Step
+from lightning_stable.testing.streams import BATCHES, Stream
 
 Weights = dict[str, Tensor]
 Batch = tuple[Tensor, ...]

@@ -5,8 +5,6 @@ import tempfile
 from typing import Any
 
 import torch
-from contract.harness import Net, fit
-from contract.streams import BATCHES, FEATURES, Stream
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -14,6 +12,8 @@ from typing_extensions import override
 
 from lightning_stable.callbacks._samples import count_samples, take_samples
 from lightning_stable.callbacks.replay import Replay
+from lightning_stable.testing.harness import Net, fit
+from lightning_stable.testing.streams import BATCHES, FEATURES, Stream
 
 STEPS = 14
 PROCESSES = 2
@@ -21,7 +21,7 @@ DDP: dict[str, Any] = {"devices": PROCESSES, "strategy": "ddp"}
 
 
 class SharedReplay(Replay):
-    """Replay whose batch is that of two processes, one after the other, as ``contract.streams`` deals it out.
+    """Replay whose batch is that of two processes, one after the other, as the contracts' stream deals it out.
 
     Each process replays ``batch_size`` samples, so together they replay twice as many; and they keep the samples of
     rank 0 first, then those of rank 1.

@@ -1,7 +1,7 @@
 """Callbacks that keep samples, in one process that sees them as two processes do together.
 
-All processes keep the same samples, in the order in which the processes have them: that of a batch as
-``contract.streams`` deals it out, the share of rank 0 first.
+All processes keep the same samples, in the order in which the processes have them: that of a batch as the contracts'
+stream deals it out, the share of rank 0 first.
 """
 
 from typing import Any

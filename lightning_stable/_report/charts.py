@@ -1,0 +1,274 @@
+"""Which pictures a page has: made from what the runs have, of one run or of several in one picture."""
+
+from collections.abc import Sequence
+
+from lightning_stable._report.draw import COLORS, Chart, Line, Panel
+from lightning_stable._report.facts import gradient_spikes, training_loss, validation_names
+from lightning_stable._report.run import LIVE, Points, Run, finite, median
+
+__all__ = [
+    "STABILISERS",
+    "gradient_charts",
+    "loss_chart",
+    "other_charts",
+    "phase_spans",
+    "rate_chart",
+    "smoothed",
+    "speed_chart",
+    "stabiliser_charts",
+    "validation_charts",
+]
+
+_PHASES = {0: "warmup", 1: "stable", 2: "decay"}
+_FEW = 60
+"""Points up to which each has a mark."""
+_MOST_OTHERS = 12
+_MARKED = "Triangles are spikes; those at the upper edge are beyond it."
+_NORMS = {
+    "stability_report/gradient_norm": "Gradient norm, before clipping",
+    "spike_guard/norm": "SpikeGuard: gradient norm and its limit",
+    "stable_spam/norm": "StableSPAM: gradient norm before it acts",
+}
+
+STABILISERS = {
+    "spike_guard": "SpikeGuard",
+    "stable_spam": "StableSPAM",
+    "precision_fallback": "PrecisionFallback",
+    "balanced_ema": "BalancedEMA",
+    "softmax_collapse": "SoftmaxCollapseMonitor",
+    "logit_sharpness": "LogitSharpness",
+    "saf_loss": "SAF",
+    "mesa_loss": "MESA",
+    "lwf_loss": "LwF",
+    "replay_loss": "Replay",
+    "l2_anchor": "L2Anchor",
+    "ewc": "EWC",
+}
+"""What callbacks of this library log begins so."""
+
+_OWN = ("stability_report/", "stability_gap", "numerics/", "lr", "wsd/", "epoch", "seconds")
+
+
+def loss_chart(runs: Sequence[Run]) -> Chart | None:
+    """Return the picture of the training loss, with spikes and, of a single run, the loss of its validation."""
+    lines: list[Line] = []
+    focus: list[int] = []
+    panel = Panel(lines, "loss", focus=focus)
+    for place, run in enumerate(runs):
+        loss = training_loss(run)
+        color = COLORS[place % len(COLORS)]
+        if loss is not None and finite(loss.points):
+            if len(runs) == 1:
+                lines.append(Line("", loss.points, color, faint=len(loss.points) > _FEW))
+            focus.append(len(lines))
+            label = run.name if len(runs) > 1 else _smooth_label(loss.points)
+            lines.append(Line(label, smoothed(loss.points), color, marked=len(loss.points) <= _FEW // 2))
+            panel.spikes += [(spike.step, spike.value) for spike in loss.spikes]
+    if len(runs) == 1:
+        panel.spans = phase_spans(runs[0])
+        for name in [name for name in validation_names(runs[0]) if "loss" in name.lower()][:2]:
+            focus.append(len(lines))
+            lines.append(_validation_line(runs[0], name))
+    if not lines:
+        return None
+    values = [value for place in focus for _, value in finite(lines[place].points)]
+    panel.log = min(values) > 0 and max(values) > 8 * min(values)
+    texts = [_MARKED] if panel.spikes else []
+    texts += ["Shaded: phases of the learning rate."] if panel.spans else []
+    text = " ".join(texts)
+    return Chart("loss", "Training loss", [panel], text, wide=True)
+
+
+def validation_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Return a picture of each validated value, with the live weights beside their average."""
+    names = list(dict.fromkeys(name for run in runs for name in validation_names(run) if not name.endswith(LIVE)))
+    charts = []
+    for name in names[:_MOST_OTHERS]:
+        both = any(name + LIVE in run.series for run in runs)
+        if len(runs) == 1:
+            lines = [_validation_line(runs[0], twin) for twin in (name, name + LIVE) if twin in runs[0].series]
+        else:
+            lines = _one_each(runs, name)
+        if all(len(finite(line.points)) < 2 for line in lines):
+            continue  # its one value is in the headline
+        title = f"{name}: live weights and their average" if both and len(runs) == 1 else name
+        charts.append(Chart(_file(name), title, [_panel(lines, "")]))
+    return charts
+
+
+def rate_chart(runs: Sequence[Run]) -> Chart | None:
+    """Return the picture of the learning rates, and of the phases of a single run."""
+    lines: list[Line] = []
+    for place, run in enumerate(runs):
+        own = [name for name in run.series if name.startswith("stability_report/lr")]
+        names = own or [name for name in run.series if _is_rate(name) and finite(run.of(name))]
+        # Groups that share their rate are one line.
+        alike = list({str(run.of(name)): name for name in names}.values())
+        for number, name in enumerate(alike[:1] if len(runs) > 1 else alike[: len(COLORS)]):
+            color = COLORS[(place if len(runs) > 1 else number) % len(COLORS)]
+            label = run.name if len(runs) > 1 else name.removeprefix("stability_report/")
+            lines.append(Line(label, run.of(name), color))
+    if not lines:
+        return None
+    spans = phase_spans(runs[0]) if len(runs) == 1 else []
+    phases = list(dict.fromkeys(phase for _, _, phase in spans))
+    text = f"Shaded: {', '.join(phases)} of WarmupStableDecay." if phases else ""
+    return Chart("learning_rate", "Learning rate", [Panel(lines, spans=spans, focus=[])], text)
+
+
+def gradient_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Return the pictures of gradient norms."""
+    others = {name: f"Gradients: {name}" for run in runs for name in run.series if _is_norm(name)}
+    charts = []
+    for name, title in [*_NORMS.items(), *list(others.items())[:4]]:
+        lines = [line._replace(points=smoothed(line.points)) for line in _one_each(runs, name)]
+        if not lines:
+            continue
+        panel = Panel(lines, "norm", focus=list(range(len(lines))))
+        if len(runs) == 1:
+            lines[0] = lines[0]._replace(label="running median")
+            lines.insert(0, Line("", runs[0].of(name), COLORS[0], faint=True))
+            if name == "spike_guard/norm" and (limit := finite(runs[0].of("spike_guard/limit"))):
+                lines.append(Line("limit of SpikeGuard", limit, COLORS[1]))
+            panel.focus = list(range(len(lines)))
+            spikes = gradient_spikes(runs[0]) if name == "stability_report/gradient_norm" else []
+            panel.spikes = [(spike.step, spike.value) for spike in spikes]
+        panel.log = _spreads(lines)
+        charts.append(Chart(_file(f"gradients_{name}"), title, [panel], _MARKED if panel.spikes else ""))
+    return charts
+
+
+def stabiliser_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Return a picture of each value that a callback of this library logged of what it did."""
+    names = [name for run in runs for name in run.series if _stabiliser(name) and finite(run.of(name))]
+    charts = []
+    for name in dict.fromkeys(names):
+        counts = name.rpartition("/")[2] in ("skipped", "clipped", "rewinds", "count", "high")
+        if name in _NORMS or name == "spike_guard/limit":
+            continue  # among the gradient norms
+        if counts and not any(value for run in runs for _, value in finite(run.of(name))):
+            continue  # it never acted, which the table says
+        lines = [line._replace(stepped=counts, marked=line.marked and not counts) for line in _one_each(runs, name)]
+        panel = _panel(lines, "")
+        panel.log = not counts and _spreads(lines)
+        _, _, what = name.partition("/")
+        title = f"{STABILISERS[_stabiliser(name)]}: {what.replace('_', ' ') or name.replace('_', ' ')}"
+        charts.append(Chart(_file(name), title, [panel], tall=2.2))
+    return charts
+
+
+def speed_chart(runs: Sequence[Run]) -> Chart | None:
+    """Return the picture of the optimizer steps in a second."""
+    lines = []
+    for place, run in enumerate(runs):
+        points = run.of("seconds")
+        reach = max(1, len(points) // 60)
+        speeds = [
+            ((now[0]), (now[0] - before[0]) / (now[1] - before[1]))
+            for before, now in zip(points[::reach], points[reach::reach], strict=False)
+            if now[1] > before[1]
+        ]
+        if len(speeds) > 1:
+            lines.append(Line(run.name if len(runs) > 1 else "", speeds, COLORS[place % len(COLORS)]))
+    if not lines:
+        return None
+    panel = Panel(lines, "steps in a second")
+    return Chart("speed", "Speed", [panel], tall=2.2)
+
+
+def other_charts(runs: Sequence[Run], drawn: set[str]) -> tuple[list[Chart], list[str]]:
+    """Return pictures of everything else that was logged, and the names of what is left out of them."""
+    names = []
+    for name in dict.fromkeys(name for run in runs for name in run.series):
+        points = max((finite(run.of(name)) for run in runs), key=len)
+        told = name in drawn or name.startswith(_OWN) or _stabiliser(name) or _is_norm(name) or len(points) < 2
+        if not told:
+            names.append(name)
+    charts = [Chart(_file(name), name, [_panel(_one_each(runs, name), "")], tall=2.2) for name in names[:_MOST_OTHERS]]
+    return charts, names[_MOST_OTHERS:]
+
+
+def phase_spans(run: Run) -> list[tuple[float, float, str]]:
+    """Return the stretches of one phase of the learning rate each: first step, last step, phase."""
+    if run.record.get("phases"):
+        changes = [(int(step), str(phase)) for step, phase in run.record["phases"]]
+        ends = [*(step - 1 for step, _ in changes[1:]), run.record.get("steps") or changes[-1][0]]
+        found = [(max(0, step - 1), float(end), phase) for (step, phase), end in zip(changes, ends, strict=True)]
+        return [each for each in found if each[2] in _PHASES.values()]
+    spans: list[tuple[float, float, str]] = []
+    for step, value in finite(run.of("wsd/phase")):
+        phase = _PHASES.get(int(value))
+        if phase is None:
+            continue
+        if spans and spans[-1][2] == phase:
+            spans[-1] = (spans[-1][0], step, phase)
+        else:
+            # The change lies between two logged steps: no gap between the shades.
+            if spans:
+                spans[-1] = (spans[-1][0], step, spans[-1][2])
+            spans.append((spans[-1][1] if spans else 0, step, phase))
+    return spans
+
+
+def smoothed(points: Points) -> Points:
+    """Return the running median over a fortieth of the run to each side; of few points the points."""
+    values = finite(points)
+    reach = len(values) // 40
+    if reach == 0:
+        return values
+    stride = max(1, len(values) // 2000)
+    chosen = range(0, len(values), stride)
+    return [(values[i][0], median([v for _, v in values[max(0, i - reach) : i + reach + 1]])) for i in chosen]
+
+
+def _smooth_label(points: Points) -> str:
+    return "training, running median" if len(points) >= 40 else "training"
+
+
+def _validation_line(run: Run, name: str) -> Line:
+    """Return the line of a validated value; where two sets of weights were validated it says which."""
+    live = name.endswith(LIVE)
+    both = live or name + LIVE in run.series
+    label = ("validation, live weights" if live else "validation, averaged weights") if both else "validation"
+    color = COLORS[1] if live else COLORS[2]
+    return Line(label, run.of(name), color, marked=len(run.of(name)) <= _FEW)
+
+
+def _one_each(runs: Sequence[Run], name: str) -> list[Line]:
+    """Return the line of each run that has a value."""
+    return [
+        Line(run.name if len(runs) > 1 else "", run.of(name), color, marked=len(run.of(name)) <= _FEW)
+        for place, run in enumerate(runs)
+        for color in [COLORS[place % len(COLORS)]]
+        if finite(run.of(name))
+    ]
+
+
+def _panel(lines: list[Line], unit: str) -> Panel:
+    return Panel(lines, unit, focus=list(range(len(lines))))
+
+
+def _spreads(lines: Sequence[Line]) -> bool:
+    """Tell whether values spread over more than an order of magnitude, and all are above 0."""
+    values = [value for line in lines for _, value in finite(line.points)]
+    return bool(values) and min(values) > 0 and max(values) > 12 * min(values)
+
+
+def _stabiliser(name: str) -> str:
+    """Return which callback's value it is, empty if none's."""
+    return next((begin for begin in STABILISERS if name == begin or name.startswith((f"{begin}/", f"{begin}_"))), "")
+
+
+def _is_norm(name: str) -> bool:
+    lower = name.lower()
+    return "grad" in lower and "norm" in lower and not lower.startswith(("stability_report/", "stability_gap"))
+
+
+def _is_rate(name: str) -> bool:
+    lower = name.lower()
+    rate = lower in ("lr", "learning_rate") or lower.startswith(("lr-", "lr/"))
+    return rate and not lower.endswith(("momentum", "weight_decay"))
+
+
+def _file(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name).strip("_").lower()
