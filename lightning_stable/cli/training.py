@@ -1,18 +1,19 @@
 """``lightning-stable fit|validate|test|predict``: LightningCLI with packaged templates and free variables.
 
-Four things are added to the host's command line:
+These are added to the host's command line:
 
 * ``--config addon:NAME`` and ``--config recipe:NAME`` name packaged templates. An addon's ``vars`` are defaults: what
-  an earlier config or option has set stays.
+  an earlier config or option has set stays. A config may begin with a recipe by ``extends: NAME``.
 * ``vars`` holds free variables that any key may use, as in ``lr: ${vars.lr}``, also across files. References are
   filled in after all files and options are merged, so they follow later overrides (``--vars.lr 0.01``).
 * ``${share:TOTAL,0.25}`` and ``${shares:TOTAL,0.25,0.5}`` are whole numbers of steps, so that a template's intervals
   follow ``--trainer.max_steps``. ``${interval:TOTAL,0.05}`` is a share that divides the total, and
-  ``${marks:TOTAL,INTERVAL,0.25,0.5}`` are shares that are multiples of an interval.
+  ``${marks:TOTAL,INTERVAL,0.25,0.5}`` are shares that are multiples of an interval. ``${product:A,B}`` multiplies.
+* What a run takes once and two configs bring, such as two strategies, is an error that names both.
 * Wrong keys and values give one message instead of a traceback.
 """
 
-import itertools
+import math
 import re
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import jsonargparse
+import torch
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # exported, but by a computed __all__
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
@@ -30,13 +32,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
+from lightning_stable._extensions import load_classes
+from lightning_stable.cli._configs import Config, read_configs, walk_arguments
+from lightning_stable.cli._conflicts import refuse_conflicts
 from lightning_stable.cli._variables import used_variables
-from lightning_stable.cli.locate import CommandError, resolve_config
+from lightning_stable.cli.locate import CommandError
 from lightning_stable.cli.messages import explain_interpolation, explain_parsing, is_bad_input, root_error
 from lightning_stable.cli.summary import print_summary
-from lightning_stable.registry import METHODS, load_class, nearest
+from lightning_stable.registry import methods, nearest
 
-__all__ = ["DEFAULT_SEED", "StableCLI", "interval", "marks", "share", "shares", "train"]
+__all__ = ["DEFAULT_SEED", "StableCLI", "interval", "marks", "product", "share", "shares", "train"]
 
 DEFAULT_SEED = 0
 
@@ -76,6 +81,18 @@ def marks(total: int | None, every: Any, *fractions: float) -> list[int] | None:
     return [step for step in sorted(steps) if step < (total or 0)] or None
 
 
+def product(*factors: Any) -> int:
+    """Return the product of whole numbers.
+
+    Raises:
+        ValueError: If one is none.
+    """
+    for factor in factors:
+        if isinstance(factor, bool) or not isinstance(factor, int):
+            raise ValueError(f"{factor!r} is no whole number, and this is a product of such.")  # noqa: TRY004  of a config
+    return math.prod(factors)
+
+
 class StableParser(LightningArgumentParser):
     """The host's parser; its errors are raised, to be explained and printed in one place."""
 
@@ -91,11 +108,11 @@ class TemplateConfig(ActionConfigFile):
 
     @override
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        path, is_addon = resolve_config(values)
-        before = dict(cfg.get("vars") or {})
-        super().__call__(parser, cfg, path, option_string)  # type: ignore[no-untyped-call]
-        given = dict(cfg.get("vars") or {})
-        cfg["vars"] = {**given, **before} if is_addon else {**before, **given}
+        for config in read_configs(values):
+            before = dict(cfg.get("vars") or {})
+            super().__call__(parser, cfg, config.value, option_string)  # type: ignore[no-untyped-call]
+            given = dict(cfg.get("vars") or {})
+            cfg["vars"] = {**given, **before} if config.is_addon else {**before, **given}
 
 
 class StableCLI(LightningCLI):
@@ -112,8 +129,8 @@ class StableCLI(LightningCLI):
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         _register_resolvers()
-        for method in METHODS:  # an imported class goes by its bare name in configs, a strategy by its own name too
-            load_class(method)
+        load_classes()  # an imported class goes by its bare name in configs, a strategy by its own name too
+        self._arguments = list(args) if isinstance(args, list) else []
         super().__init__(
             args=args,
             save_config_kwargs={"overwrite": True},
@@ -151,18 +168,25 @@ class StableCLI(LightningCLI):
         except OmegaConfBaseException as error:
             raise CommandError(explain_interpolation(str(error), error.full_key)) from error
 
+    @staticmethod
+    @override
+    def configure_optimizers(lightning_module: LightningModule, optimizer: Any, lr_scheduler: Any = None) -> Any:
+        """Return what the options say, with parameters that the module has only got since, such as those of adapters.
+
+        The host makes the optimizer before the run begins.
+        """
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if any(id(parameter) not in held for parameter in lightning_module.parameters()):
+            (group,) = optimizer.param_groups
+            group["params"] = [parameter for parameter in lightning_module.parameters() if parameter.requires_grad]
+        return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+
     @override
     def before_instantiate_classes(self) -> None:
         trainer = self._get(self.config, "trainer")
         if isinstance(trainer.strategy, str):
             trainer.strategy = _strategy_name(trainer.strategy)
-        given = [callback["class_path"].rpartition(".")[2] for callback in trainer.callbacks or []]
-        for method in METHODS:
-            if given.count(method.class_name) > 1:
-                raise CommandError(
-                    f"trainer.callbacks holds {method.class_name} {given.count(method.class_name)} times, a run takes "
-                    "one. Leave out an addon, and set the numbers of the other by --vars or in its config."
-                )
+        refuse_conflicts(self._arguments, trainer, self._get(self.config, "lr_scheduler"))
 
     def after_fit(self) -> None:
         """Say what came out and where it is, once, on the first process."""
@@ -186,7 +210,7 @@ def _strategy_name(given: str) -> str:
     Raises:
         CommandError: If there is none; the message suggests the near ones.
     """
-    classes = {method.class_name: method.name for method in METHODS if method.kind == "strategy"}
+    classes = {method.class_name: method.name for method in methods() if method.kind == "strategy"}
     name = classes.get(given, given)
     known = ["auto", *StrategyRegistry.available_strategies()]
     if name.lower() not in known:
@@ -203,11 +227,7 @@ def _refuse_unused_variables(args: list[str]) -> None:
     if not given:
         return
     texts = [argument for argument in args if "${" in argument]
-    for option, value in itertools.pairwise([*args, ""]):
-        name, equals, rest = option.partition("=")
-        if name in ("-c", "--config"):
-            path, _ = resolve_config(rest if equals else value)
-            texts.append(Path(path).read_text(encoding="utf-8"))
+    texts += [config.text for config in walk_arguments(args) if isinstance(config, Config)]
     used = used_variables("\n".join(texts))
     for name in sorted(given - used):
         known = nearest(name, sorted(used)) if used else "No config refers to a variable."
@@ -219,7 +239,7 @@ def _register_resolvers() -> None:
     with warnings.catch_warnings():
         # Its name until 2.3; 2.4 deprecates that for a name that means something else in 2.3.
         warnings.simplefilter("ignore")
-        for resolver in (share, shares, interval, marks):
+        for resolver in (share, shares, interval, marks, product):
             OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
@@ -245,7 +265,7 @@ def train(args: list[str], *, debug: bool = False) -> int:
         # An optimizer in a config is asked for, in place of the module's own.
         warnings.filterwarnings("ignore", message=".*configure_optimizers` will be overridden by.*")
         try:
-            return _failed_processes(StableCLI(args).trainer)
+            return _failed_processes(StableCLI(_with_torch_names(args)).trainer)
         except CommandError:
             raise
         except Exception as error:
@@ -259,6 +279,23 @@ def train(args: list[str], *, debug: bool = False) -> int:
             place = f" on rank {rank}" if rank else ""
             sys.stderr.write(f"lightning-stable: error{place}: {root} (The traceback: --debug.)\n")
             return 1
+
+
+def _with_torch_names(args: list[str]) -> list[str]:
+    """Let ``--optimizer SGD`` and ``--lr_scheduler StepLR`` be torch's.
+
+    A bare name is that of any class which is imported. Libraries that a plugin imports, such as bitsandbytes by way of
+    peft, have optimizers of the same names, and two are none.
+    """
+    rooms = {"--optimizer": torch.optim, "--lr_scheduler": torch.optim.lr_scheduler}
+    found = list(args)
+    for place, argument in enumerate(args):
+        option, equals, name = argument.partition("=")
+        if option in rooms and not equals:
+            name, place = args[place + 1] if place + 1 < len(args) else "", place + 1
+        if option in rooms and isinstance(getattr(rooms[option], name, None), type):
+            found[place] = f"{option}=" * bool(equals) + f"{rooms[option].__name__}.{name}"
+    return found
 
 
 def _failed_processes(trainer: Trainer) -> int:

@@ -47,9 +47,12 @@ class ImageClassifier(LightningModule):
         architecture: ``"conv"`` or ``"mlp"``.
         lr: Learning rate of AdamW; its peak, when a schedule is in charge.
         weight_decay: Decoupled weight decay of AdamW, on all parameters.
+        pretrained: Checkpoint of another run of this module, with the same sizes, whose weights to begin with. A
+            checkpoint of this run holds its own weights and needs that file no more.
 
     Raises:
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is out of range, or the checkpoint is not of such a module.
+        FileNotFoundError: If there is no such checkpoint.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class ImageClassifier(LightningModule):
         architecture: Literal["conv", "mlp"] = "conv",
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
+        pretrained: str | None = None,
     ) -> None:
         super().__init__()
         _check_sizes(in_channels=in_channels, image_size=image_size, width=width)
@@ -68,7 +72,7 @@ class ImageClassifier(LightningModule):
             raise ValueError(f"num_classes must be 2 or more, got {num_classes!r}.")
         if architecture not in _ARCHITECTURES:
             raise ValueError(f"architecture must be one of {', '.join(_ARCHITECTURES)}, got {architecture!r}.")
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["pretrained"])
         self.lr = lr
         self.weight_decay = weight_decay
         build = _conv if architecture == "conv" else _mlp
@@ -76,6 +80,8 @@ class ImageClassifier(LightningModule):
         # Micro average: the plain share of right images. One object a stage, since each holds its own counts.
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        if pretrained is not None:
+            self._load_weights(pretrained)
 
     @override
     def forward(self, images: Tensor) -> Tensor:
@@ -113,6 +119,17 @@ class ImageClassifier(LightningModule):
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return AdamW(trainable, lr=self.lr, weight_decay=self.weight_decay)
 
+    def _load_weights(self, path: str) -> None:
+        state = torch.load(path, map_location="cpu", weights_only=True).get("state_dict", {})
+        problems = [name for name, tensor in self.state_dict().items() if _shape(state.get(name)) != tensor.shape]
+        if problems:
+            raise ValueError(
+                f"ImageClassifier: pretrained={path!r} has no weights for {problems[0]!r} of shape "
+                f"{tuple(self.state_dict()[problems[0]].shape)}, but {_shape(state.get(problems[0]))}. Give the "
+                "checkpoint of a run of this module, and the sizes that it had."
+            )
+        self.load_state_dict({name: state[name] for name in self.state_dict()})
+
     def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch
         logits = self(images)
@@ -147,6 +164,10 @@ def _mlp(in_channels: int, image_size: int, num_classes: int, width: int) -> nn.
         nn.GELU(),
         nn.Linear(width, num_classes),
     )
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
 
 
 def _check_sizes(**sizes: Any) -> None:

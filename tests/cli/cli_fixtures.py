@@ -1,4 +1,4 @@
-"""A module, data and a callback that configs of the tests name."""
+"""A module, data and a callback that configs of the tests name, and such a config."""
 
 from typing import ClassVar
 
@@ -6,6 +6,24 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+BASE = """
+vars: {lr: 0.01, steps: 4, tag: base, marks: [1, 2], wsd_decay: 0.5}
+trainer:
+  max_steps: ${vars.steps}
+  accelerator: cpu
+  enable_progress_bar: false
+  enable_model_summary: false
+  log_every_n_steps: 1
+  logger:
+    class_path: lightning.pytorch.loggers.CSVLogger
+    init_args: {save_dir: runs, name: cli}
+  callbacks:
+    - class_path: cli_fixtures.CliProbe
+      init_args: {tag: "${vars.tag}", steps: "${vars.marks}"}
+model: {class_path: cli_fixtures.CliModule, init_args: {lr: "${vars.lr}"}}
+data: {class_path: cli_fixtures.CliData}
+"""
 
 
 class CliModule(LightningModule):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from added_plugins import site  # noqa: F401  a fixture
 
 import lightning_stable
 from lightning_stable.cli import locate
@@ -33,6 +34,49 @@ def test_list_shows_tables_on_a_terminal(capsys, monkeypatch):
     assert "Methods" in out
     assert "quickstart" in out
     assert "wsd_s" in out
+
+
+@pytest.fixture
+def added(site):  # noqa: F811
+    """A distribution with a method, its card and its addons."""
+    folder = site.add("far_plugin", addons=("farther",))
+    (folder / "cards").mkdir()
+    (folder / "cards" / "far_plugin.md").write_text("# FarPlugin\n")
+    (folder / "templates" / "addons").mkdir(parents=True)
+    for name in ("far_plugin", "farther", "of_no_method"):
+        (folder / "templates" / "addons" / f"{name}.yaml").write_text(f"# The addon {name}.\ntrainer: {{}}\n")
+    return folder
+
+
+def test_list_marks_what_comes_from_elsewhere(added, capsys, monkeypatch):
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.split()[:2] == ["method", "far_plugin"]]
+    assert "FarPlugin" in line
+    assert line.endswith("A method of somebody else, for tests (from far-plugin 1.2)")
+    assert [line for line in lines if "(from " in line] == [line]
+    assert [line.split()[1] for line in lines if line.startswith("addon") and "addon:far" in line] == [
+        "far_plugin",
+        "farther",
+    ]
+    assert not [line for line in lines if "of_no_method" in line]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(["list"]) == 0
+    assert "Methods from far-plugin 1.2" in capsys.readouterr().out
+
+
+def test_show_and_addons_find_what_comes_from_elsewhere(added, capsys):
+    assert main(["show", "far_plugin"]) == 0
+    assert capsys.readouterr().out == "# FarPlugin\n"
+    for name in ("addon:far_plugin", "farther"):
+        assert main(["show", name]) == 0
+        assert capsys.readouterr().out.startswith("# The addon far")
+    assert locate.resolve_config("addon:farther") == (str(added / "templates/addons/farther.yaml"), True)
+    assert main(["show", "far_plugin2"]) == 2
+    assert "'far_plugin'" in capsys.readouterr().err
+    (added / "cards" / "far_plugin.md").unlink()
+    assert main(["show", "far_plugin"]) == 2
+    assert "has no card" in capsys.readouterr().err
 
 
 def test_every_method_but_a_metric_has_an_addon_and_every_addon_a_method():
@@ -80,8 +124,8 @@ def test_show_prints_a_script(script, capsys):
 def test_the_recipe_for_several_machines_says_how_to_start_it(capsys):
     assert main(["show", "co2_multi_node"]) == 0
     out = capsys.readouterr().out
-    scripts = [script.name for script in list_scripts() if script.stem == "co2_multi_node"]
-    assert scripts == ["co2_multi_node.sh", "co2_multi_node.slurm"]
+    scripts = [script.name for script in list_scripts()]
+    assert scripts == ["several_machines.sh", "several_machines.slurm"]
     for script in scripts:
         assert f"#   lightning-stable show {script} > {script}\n" in out
 
@@ -91,7 +135,7 @@ def test_the_recipe_for_several_machines_says_how_to_start_it(capsys):
     [
         (["lst"], ["'lst'", "'list'"]),
         (["show", "wsdd"], ["'wsdd'", "'wsd'"]),
-        (["show", "co2_multi_node.slrm"], ["script", "'co2_multi_node.slurm'"]),
+        (["show", "several_machines.slrm"], ["script", "'several_machines.slurm'"]),
         (["show", "addon:emaa"], ["addon 'emaa'", "'ema'"]),
         (["show"], ["NAME", "show --help"]),
         (["show", "wsd", "more"], ["more"]),
@@ -125,7 +169,7 @@ def test_help_and_version(capsys):
     out = capsys.readouterr().out
     for command in COMMANDS:
         assert f"\n    {command} " in out or f"\n    {command}\n" in out
-    for command in ("run", "list", "show", "plot", "export-adapter"):
+    for command in ("run", "list", "show", "plot", "report", "export-adapter", "new", "doctor"):
         assert main([command, "--help"]) == 0
         assert f"usage: lightning-stable {command}" in capsys.readouterr().out
     assert main(["run", "quickstart", "--help"]) == 0
@@ -138,7 +182,7 @@ def test_help_and_version(capsys):
 
 def test_the_commands_are_frozen():
     assert list(COMMANDS) == [
-        *("run", "sweep", "list", "show", "plot", "export-adapter"),
+        *("run", "sweep", "list", "show", "plot", "report", "export-adapter", "new", "doctor"),
         *("fit", "validate", "test", "predict"),
     ]
 
@@ -147,9 +191,9 @@ def test_light_commands_import_no_torch():
     code = (
         "import sys; from lightning_stable.cli.main import main\n"
         "light = (['list'], ['show', 'wsd_s'], ['--help'], ['run', '--help'], ['plot', '--help'], ['--version'],\n"
-        "    ['export-adapter', '--help'])\n"
+        "    ['export-adapter', '--help'], ['report', '--help'], ['new', '--help'], ['doctor', '--help'])\n"
         "codes = [main(arguments) for arguments in light]\n"
-        "heavy = {'torch', 'lightning', 'jsonargparse', 'omegaconf', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'torch', 'lightning', 'jsonargparse', 'omegaconf', 'matplotlib', 'cookiecutter'} & set(sys.modules)\n"
         "sys.exit(f'{codes} {heavy}' if any(codes) or heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

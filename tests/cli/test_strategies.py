@@ -121,9 +121,10 @@ def test_arguments_reach_the_strategy(built):
     assert built("-c", "addon:co2", "--vars.co2_local_steps", "auto").trainer.strategy.local_steps == "auto"
 
 
-def test_an_addon_takes_the_place_of_the_strategy_before_it(built):
-    for before in (["--trainer.strategy", "ddp"], ["-c", "addon:diloco"]):
-        assert type(built(*before, "-c", "addon:co2").trainer.strategy).__name__ == "CO2Strategy"
+def test_an_addon_takes_the_place_of_plain_ddp_and_an_option_that_of_an_addon(built):
+    co2, diloco = ["-c", "addon:co2"], ["--trainer.strategy", "DiLoCoStrategy"]
+    assert type(built("--trainer.strategy", "ddp", *co2).trainer.strategy).__name__ == "CO2Strategy"
+    assert type(built(*co2, *diloco).trainer.strategy).__name__ == "DiLoCoStrategy"
 
 
 @pytest.mark.parametrize(
@@ -277,7 +278,7 @@ def test_the_script_for_torchrun_starts_a_run_over_two_nodes(tmp_path):
     environment |= {"PROCESSES": "1", "PORT": str(_free_port())}
     nodes = [
         subprocess.Popen(
-            [BASH, str(script), *SMALL],
+            [BASH, str(script), "co2_multi_node", *SMALL],
             cwd=tmp_path,
             env={**environment, "NODE_RANK": str(rank)},
             stdout=subprocess.PIPE,
@@ -309,7 +310,11 @@ def test_the_script_for_slurm_gives_the_numbers_of_the_job(tmp_path):
     srun.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS_PER_NODE": "8"}
     out = subprocess.run(
-        [BASH, str(script), "--vars.lr", "0.1"], env=environment, capture_output=True, text=True, check=True
+        [BASH, str(script), "co2_multi_node", "--vars.lr", "0.1"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     python, m, module, *arguments = out.split()
     assert (python, m, module) == ("python", "-m", "lightning_stable.cli.main")

@@ -2,12 +2,12 @@ import math
 
 import pytest
 import torch
-from contract.harness import QUIET
 from lightning.pytorch import Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from lightning_stable.data.text import TextDataModule
 from lightning_stable.recipes.causal_lm import CausalLM
+from lightning_stable.testing.harness import QUIET
 
 TINY = {
     "model_type": "llama",

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from contract.harness import QUIET
 from lightning.pytorch import Trainer, seed_everything
 
 from lightning_stable.data.digits import DigitsDataModule
 from lightning_stable.recipes.image_classifier import ImageClassifier
+from lightning_stable.testing.harness import QUIET
 
 
 @pytest.mark.parametrize("architecture", ["conv", "mlp"])
@@ -90,3 +90,24 @@ def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path):
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         ImageClassifier(**settings)
+
+
+def test_weights_of_another_run_are_a_start_and_no_setting_of_this_one(tmp_path):
+    def fit(**settings):
+        module = ImageClassifier(width=4, **settings)
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        trainer = Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+        trainer.fit(module, DigitsDataModule(batch_size=400))
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return before, module.state_dict()
+
+    _, first = fit()
+    start, second = fit(pretrained=str(tmp_path / "last.ckpt"))
+    assert all(torch.equal(start[name], tensor) for name, tensor in first.items())
+    (tmp_path / "last.ckpt").rename(tmp_path / "moved.ckpt")  # what this run began with is gone
+    again = ImageClassifier.load_from_checkpoint(tmp_path / "moved.ckpt", weights_only=True).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in second.items())
+    with pytest.raises(ValueError, match=r"no weights for 'network.0.weight'.*8, 1, 3, 3.*4, 1, 3, 3"):
+        ImageClassifier(width=8, pretrained=str(tmp_path / "moved.ckpt"))
+    with pytest.raises(FileNotFoundError, match=r"gone\.ckpt"):
+        ImageClassifier(pretrained=str(tmp_path / "gone.ckpt"))

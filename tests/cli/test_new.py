@@ -1,0 +1,351 @@
+"""``lightning-stable new``: what it asks, what it refuses, and what it writes for every answer to every question."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from cookiecutter.exceptions import FailedHookException
+from cookiecutter.main import cookiecutter
+
+from lightning_stable.cli._new_names import package_name, project_name
+from lightning_stable.cli._new_template import questions
+from lightning_stable.cli.locate import CommandError, find_project_template
+from lightning_stable.cli.main import main
+
+PROJECT, PLUGIN = questions("scaffold"), questions("plugin")
+CHOICES = {question: choices for question, choices in PROJECT.items() if isinstance(choices, list)}
+# A task that goes with a choice, where the default does not.
+TASK_OF = {"float8": "tabular", "int8": "tabular"} | dict.fromkeys(CHOICES["peft"][1:], "causal_lm")
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+
+def files(folder):
+    """The text of every file, by its path."""
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def new(*arguments):
+    assert main(["new", *arguments]) == 0
+
+
+# ----------------------------------------------------------------------------- options
+
+
+def test_the_questions_are_frozen():
+    assert PROJECT == {
+        "project_name": "my-project",
+        "package_name": "{{ cookiecutter.project_name | slugify(separator='_') }}",
+        "task": ["vision", "causal_lm", "tabular"],
+        "schedule": ["wsd", "wsd_s", "none"],
+        "averaging": ["ema", "balanced_ema", "none"],
+        "sharpness": ["none", "sam", "saf", "mesa"],
+        "precision": ["none", "bf16", "simulated", "float8", "int8"],
+        "peft": ["none", "pissa", "lora_ga", "eva", "loldu", "svfit"],
+        "strategy": ["none", "ddp", "co2", "local_sgd", "slowmo", "diloco", "compressed_ddp", "one_bit_adam"],
+    }
+    assert list(PLUGIN) == ["project_name", "package_name", "method_name", "class_name"]
+
+
+def test_the_help_names_every_choice(capsys):
+    assert main(["new", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for question, choices in CHOICES.items():
+        assert f"--{question} CHOICE {', '.join(choices)}" in text
+    for option in ("--plugin", "--no-input", "--output-dir", "--force", "--set"):
+        assert option in text
+
+
+@pytest.mark.parametrize("template", ["scaffold", "plugin"])
+def test_every_question_and_choice_is_put_in_words(template):
+    settings = json.loads((find_project_template(template) / "cookiecutter.json").read_text())
+    asked, prompts = questions(template), settings["__prompts__"]
+    assert prompts.keys() == asked.keys()
+    for question, choices in asked.items():
+        if isinstance(choices, list):
+            assert prompts[question].keys() == {"__prompt__", *choices}
+    for conflict in settings.get("_conflicts", []):
+        for question, values in conflict["given"].items():
+            assert set(values) <= set(asked[question])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["demo", "--task", "visoin"], ["task", "'visoin'", "'vision'"]),
+        (["demo", "--precision", "e4m3"], ["precision", "'e4m3'", "simulated"]),
+        (["demo", "--set", "taks=vision"], ["'taks'", "'task'"]),
+        (["demo", "--set", "task"], ["--set task", "QUESTION=ANSWER"]),
+        (["demo", "--task", "tabular", "--set", "task=vision"], ["given twice", "'tabular'", "'vision'"]),
+        (["demo", "--set", "project_name=other"], ["first argument", "'demo'"]),
+        (["demo", "--set", "package_name=3d"], ["package_name '3d'", "no digit first"]),
+        (["demo", "--set", "package_name=torch"], ["package_name 'torch'", "hide"]),
+        (["demo", "--peft", "pissa"], ["task=vision and peft=pissa", "fine-tune"]),
+        (["demo", "--task", "tabular", "--peft", "svfit"], ["task=tabular and peft=svfit"]),
+        (["demo", "--task", "causal_lm", "--sharpness", "saf"], ["task=causal_lm and sharpness=saf", "epochs"]),
+        (["demo", "--precision", "int8"], ["task=vision and precision=int8", "convolutional"]),
+        (["demo", "--averaging", "balanced_ema", "--strategy", "one_bit_adam"], ["balanced_ema", "one_bit_adam"]),
+        (["sub/demo"], ["'sub/demo'", "--output-dir"]),
+        (["!!!"], ["'!!!'", "my-project"]),
+        (["demo", "--plugin", "--task", "vision"], ["--task", "--plugin"]),
+        (["demo", "--plugin", "--set", "task=vision"], ["'task'", "method_name"]),
+        (["demo", "--plugin", "--set", "method_name=ema"], ["'ema'", "lightning_stable.callbacks.ema.EMA"]),
+        (["demo", "--plugin", "--set", "method_name=wsd_s"], ["'wsd_s'", "WarmupStableDecay"]),
+        (["demo", "--plugin", "--set", "class_name=SAM"], ["'SAM'", "of sam"]),
+        (["demo", "--plugin", "--set", "method_name=Noise"], ["'Noise'", "lower case"]),
+        (["demo", "--plugin", "--set", "method_name=class"], ["method_name 'class'"]),
+        ([], ["NAME", "new --help"]),
+    ],
+    ids=" ".join,
+)
+def test_wrong_use_is_one_line_and_writes_nothing(arguments, parts, capsys):
+    assert main(["new", *arguments, "--no-input"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    for part in parts:
+        assert part in err
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_folder_that_exists_is_left_alone_without_force(capsys):
+    Path("demo", "configs").mkdir(parents=True)
+    Path("demo", "configs", "train.yaml").write_text("mine")
+    Path("demo", "notes.txt").write_text("mine")
+    assert main(["new", "demo", "--no-input"]) == 2
+    assert "demo exists" in capsys.readouterr().err
+    assert files("demo") == {"configs/train.yaml": "mine", "notes.txt": "mine"}
+    new("demo", "--no-input", "--force")
+    assert files("demo")["notes.txt"] == "mine"
+    assert files("demo")["configs/train.yaml"].startswith("# Handwritten digits")
+
+
+def test_a_file_in_the_way_is_an_error_even_with_force(capsys):
+    Path("demo").write_text("mine")
+    assert main(["new", "demo", "--no-input", "--force"]) == 2
+    assert "demo exists" in capsys.readouterr().err
+    assert Path("demo").read_text() == "mine"
+
+
+def test_it_goes_where_it_is_told_and_says_what_comes_next(capsys):
+    new("demo", "--no-input", "--output-dir", "deep/down")
+    out = capsys.readouterr().out
+    assert "  cd deep/down/demo\n  make test" in out
+    assert Path("deep/down/demo/Makefile").is_file()
+    new("other", "--plugin", "--no-input")
+    assert "make install" in capsys.readouterr().out
+
+
+def test_nothing_is_written_into_the_home_folder(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    new("demo", "--no-input")
+    assert not list(home.iterdir())
+
+
+# ----------------------------------------------------------------------------- questions
+
+
+def answers(monkeypatch, *typed):
+    """Let these be typed at the questions; return the questions that were asked."""
+    asked, left = [], list(typed)
+
+    def read(console, prompt="", **kwargs):
+        if not left:
+            raise EOFError
+        asked.append(str(prompt))
+        return left.pop(0)
+
+    monkeypatch.setattr("rich.console.Console.input", read)
+    return asked
+
+
+def test_what_is_not_given_is_asked(monkeypatch):
+    asked = answers(monkeypatch, "mine", "2", "", "2", "1", "1")
+    new("demo", "--schedule", "none", "--strategy", "co2")
+    assert len(asked) == 6
+    assert "[1/6]" in asked[0]
+    assert "(demo)" in asked[0]  # the default
+    config = yaml.safe_load(Path("demo/configs/train.yaml").read_text())
+    assert config["model"]["class_path"] == "mine.model.LanguageModule"
+    kinds = {callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]}
+    assert kinds == {"EMA", "SAM", "LearningRateMonitor", "ModelCheckpoint"}
+    assert config["trainer"]["strategy"]["class_path"].endswith(".CO2Strategy")
+
+
+def test_what_does_not_go_with_earlier_answers_is_not_offered(monkeypatch):
+    asked = answers(monkeypatch, "mine", "1", "1", "1", "1", "3", "1")  # the third of precisions; no adapters
+    new("demo")
+    assert len(asked) == 7
+    assert "simulated:" in "".join(asked)
+    assert "int8:" not in "".join(asked)
+    assert "pissa" not in "".join(asked)
+    assert "SimulatedPrecision" in Path("demo/configs/train.yaml").read_text()
+    asked = answers(monkeypatch, "mine", "1", "1", "1", "1", "1")
+    new("fine-tune", "--peft", "pissa", "--strategy", "none")  # then it can be nothing but a language model
+    assert len(asked) == 5
+    assert "LanguageModule" in Path("fine-tune/configs/train.yaml").read_text()
+
+
+def test_an_input_that_ends_is_one_error(monkeypatch, capsys):
+    answers(monkeypatch, "mine", "1")
+    assert main(["new", "demo"]) == 2
+    err = capsys.readouterr().err
+    assert "'schedule'" in err
+    assert "--no-input" in err
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_plugin_asks_for_its_names(monkeypatch):
+    asked = answers(monkeypatch, "", "label_noise", "")
+    new("my-plugin", "--plugin")
+    assert "LabelNoise" in asked[2]
+    assert Path("my-plugin/my_plugin/label_noise.py").is_file()
+
+
+# ----------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("given", "project", "package"),
+    [
+        ("demo", "demo", "demo"),
+        ("my-project", "my-project", "my_project"),
+        ("My_Project.2", "My_Project.2", "my_project_2"),
+        ("My Project!", "My-Project", "my_project"),
+        ("Größe é", "Groe-e", "groe_e"),
+        ("3d-net", "3d-net", "project_3d_net"),
+        ("class", "class", "class_project"),
+        ("tests", "tests", "tests_project"),
+        ("json", "json", "json_project"),
+        ("torch", "torch", "torch_project"),
+        ("--x--", "x", "x"),
+    ],
+)
+def test_any_name_becomes_a_folder_and_a_package(given, project, package):
+    assert project_name(given) == project
+    assert package_name(project) == package
+    assert package.isidentifier()
+
+
+@pytest.mark.parametrize("given", ["", "...", "日本", "a/b", "a\\b"])
+def test_a_name_that_cannot_be_is_an_error_that_names_it(given):
+    with pytest.raises(CommandError, match="name") as caught:
+        project_name(given)
+    assert repr(given) in str(caught.value)
+
+
+# ----------------------------------------------------------------------------- what is written
+
+WRITTEN = {
+    ".github/workflows/ci.yml",
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    "Makefile",
+    "README.md",
+    "configs/train.yaml",
+    "demo/__init__.py",
+    "demo/data.py",
+    "demo/model.py",
+    "pyproject.toml",
+    "tests/test_parts.py",
+    "tests/test_train.py",
+}
+CASES = [(question, choice) for question, choices in CHOICES.items() for choice in choices]
+
+
+def check_texts(texts):
+    for name, text in texts.items():
+        assert not any(mark in text for mark in ("{{", "}}", "{%", "%}", "cookiecutter")), f"{name} has marks left"
+        assert text == "" or text.endswith("\n"), f"{name} ends in the middle of a line"
+        assert not text.endswith("\n\n"), f"{name} ends in an empty line"
+        assert "\n\n\n\n" not in text, f"{name} has many empty lines"
+        assert all(line == line.rstrip() for line in text.splitlines()), f"{name} has blanks at the end of a line"
+        if name.endswith(".py"):
+            compile(text, name, "exec")
+        if name.endswith((".yaml", ".yml")):
+            assert yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(("question", "choice"), CASES, ids=lambda value: value)
+def test_every_choice_gives_whole_files(question, choice):
+    given = {question: choice} if choice not in TASK_OF else {"task": TASK_OF[choice], question: choice}
+    new("demo", "--no-input", *(part for name, value in given.items() for part in (f"--{name}", value)))
+    texts = files("demo")
+    assert texts.keys() == WRITTEN
+    check_texts(texts)
+    config = yaml.safe_load(texts["configs/train.yaml"])
+    assert set(config) == {"seed_everything", "vars", "trainer", "model", "data"}
+    for variable in config["vars"]:
+        assert f"${{vars.{variable}}}" in texts["configs/train.yaml"], f"{variable} is set and used nowhere"
+    assert ("torchao" in texts["pyproject.toml"]) == (choice in ("float8", "int8"))
+    if choice not in ("none", "bf16", *CHOICES["task"]):
+        assert f"`{choice}`" in texts["README.md"]
+
+
+def test_the_files_of_a_plugin_are_whole():
+    new("demo-plugin", "--plugin", "--no-input", "--set", "method_name=label_noise", "--set", "package_name=mine")
+    texts = files("demo-plugin")
+    assert texts.keys() == {
+        *(".gitignore", "Makefile", "README.md", "pyproject.toml"),
+        *("mine/__init__.py", "mine/methods.py", "mine/label_noise.py", "mine/py.typed"),
+        *("mine/cards/label_noise.md", "mine/templates/addons/label_noise.yaml"),
+        *("tests/conftest.py", "tests/test_contracts.py", "tests/test_label_noise.py", "tests/test_rows.py"),
+    }
+    check_texts(texts)
+    assert '[project.entry-points."lightning_stable.methods"]\nmine = "mine.methods:METHODS"' in texts["pyproject.toml"]
+    assert "class LabelNoise(Callback)" in texts["mine/label_noise.py"]
+
+
+def test_what_is_written_is_clean_for_ruff():
+    for task in CHOICES["task"]:
+        new(task.replace("_", "-"), "--no-input", "--task", task)
+    new("a-plugin", "--plugin", "--no-input")
+    for arguments in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *arguments, "--no-cache", "."], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("template", ["scaffold", "plugin"])
+def test_cookiecutter_itself_writes_the_same(template, tmp_path, monkeypatch):
+    monkeypatch.setenv("COOKIECUTTER_CONFIG", str(own_settings(tmp_path)))
+    source = find_project_template(template)
+    cookiecutter(str(source), no_input=True, output_dir="plain", extra_context={"project_name": "demo"})
+    new("demo", "--no-input", *(["--plugin"] if template == "plugin" else []))
+    assert files("plain/demo") == files("demo")
+
+
+@pytest.mark.parametrize(
+    ("template", "given", "part"),
+    [
+        ("scaffold", {"peft": "eva"}, "peft=eva and task=vision do not go together"),
+        ("scaffold", {"project_name": "a b"}, "project_name 'a b'"),
+        ("scaffold", {"project_name": "3d"}, "package_name '3d'"),
+        ("plugin", {"class_name": "json"}, "class_name 'json'"),
+    ],
+    ids=str,
+)
+def test_cookiecutter_itself_refuses_the_same(template, given, part, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("COOKIECUTTER_CONFIG", str(own_settings(tmp_path)))
+    with pytest.raises(FailedHookException):
+        cookiecutter(str(find_project_template(template)), no_input=True, output_dir="plain", extra_context=given)
+    assert part in capfd.readouterr().err
+    assert not files("plain")
+
+
+def own_settings(tmp_path):
+    """Settings that keep cookiecutter out of the home folder."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"cookiecutters_dir: {tmp_path / 'cache'}\nreplay_dir: {tmp_path / 'replay'}\n")
+    return path
