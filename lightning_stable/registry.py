@@ -1,16 +1,20 @@
-"""The table of methods: one row each, from which the command, the docs index and the contract suite are made."""
+"""The table of methods: one row each, from which the command, the docs index and the contract suite are made.
+
+Other distributions add rows of their own through the entry-point group ``lightning_stable.methods``; see
+``docs/extend.md``.
+"""
 
 import difflib
 import importlib
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["METHODS", "Method", "find_method", "load_class", "nearest"]
+__all__ = ["METHODS", "Method", "addons_of", "find_method", "load_class", "methods", "nearest"]
 
 Kind = Literal["callback", "strategy", "precision", "peft", "metric"]
 
 
 class Method(NamedTuple):
-    """One row of :data:`METHODS`.
+    """One row of :data:`METHODS`, or one that another distribution adds.
 
     Attributes:
         name: The one name of the method: its file in every layer, its card, its addon.
@@ -114,6 +118,13 @@ METHODS: tuple[Method, ...] = (
         class_path="lightning_stable.callbacks.stability_gap.StabilityGap",
         paper="2205.13452",
         summary="Score every task seen so far inside training, and how deep each falls when the next begins",
+    ),
+    Method(
+        name="stability_report",
+        kind="callback",
+        class_path="lightning_stable.callbacks.stability_report.StabilityReport",
+        paper="2204.02311",
+        summary="Record every optimizer step and write one page of the run: loss, spikes, rates, gradients, and more",
     ),
     Method(
         name="replay",
@@ -320,10 +331,25 @@ def find_method(name: str) -> Method:
     for method in METHODS:
         if method.name == name:
             return method
-    raise ValueError(f"Unknown method {name!r}. {nearest(name, [method.name for method in METHODS])}")
+    for method in methods():  # only then: it looks through what is installed
+        if method.name == name:
+            return method
+    raise ValueError(f"Unknown method {name!r}. {nearest(name, [method.name for method in methods()])}")
 
 
 def load_class(method: Method) -> Any:
     """Import and return the class of a row."""
     module, _, attribute = method.class_path.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
+
+
+def methods() -> tuple[Method, ...]:
+    """Return :data:`METHODS` and the rows that installed distributions add; nothing heavy is imported."""
+    from lightning_stable._extensions import extensions
+
+    return (*METHODS, *(method for extension in extensions() for method in extension.methods))
+
+
+def addons_of(method: Method) -> tuple[str, ...]:
+    """Return the names of a method's addons: its own, unless it is a metric, and those besides."""
+    return method.addons if method.kind == "metric" else (method.name, *method.addons)

@@ -4,6 +4,7 @@ A run is one subprocess of ``lightning-stable fit``. Its folder has ``run.yaml``
 and the callback that records it, ``log.txt`` with what it printed, and at its end ``result.json``.
 """
 
+import itertools
 import json
 import os
 import re
@@ -12,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_stable.cli._configs import read_configs
 from lightning_stable.cli._sweep_precision import (
     check_precision,
     left_out,
     precision_settings,
-    read_config,
     trainer_parts,
 )
 from lightning_stable.cli._variables import used_variables
@@ -137,7 +138,7 @@ def check_rate_key(key: str, configs: Sequence[str], overrides: Sequence[str]) -
     ``fit`` refuses it, too; here it is told before a run starts, and with the keys that there are.
     """
     room, _, name = key.partition(".")
-    texts = [Path(resolve_config(config)[0]).read_text(encoding="utf-8") for config in configs]
+    texts = [part.text for config in configs for part in read_configs(config)]
     texts += [option for option in overrides if "${" in option]
     if room == "vars" and name.partition(".")[0] not in used_variables("\n".join(texts)):
         raise CommandError(
@@ -149,9 +150,8 @@ def check_rate_key(key: str, configs: Sequence[str], overrides: Sequence[str]) -
 def rate_keys(configs: Sequence[str]) -> str:
     """Return a sentence on the keys that set a learning rate in the user's configs."""
     found: list[str] = []
-    for config in configs:
-        content = read_config(config)
-        used = used_variables(Path(resolve_config(config)[0]).read_text(encoding="utf-8"))
+    for config in itertools.chain.from_iterable(map(read_configs, configs)):
+        content, used = config.content, used_variables(config.text)
         found += [f"vars.{name}" for name in sorted(used) if _RATE.fullmatch(name)]
         for room in ("model", "optimizer"):
             part = content.get(room)

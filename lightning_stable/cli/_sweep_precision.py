@@ -1,13 +1,12 @@
 """What ``--precision`` of a sweep means: what it adds to the user's config, and what it leaves out of it."""
 
+import itertools
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lightning_stable.cli.locate import CommandError, resolve_config
+from lightning_stable.cli._configs import read_configs
+from lightning_stable.cli.locate import CommandError
 from lightning_stable.precision._presets import PROJECTIONS
 
 __all__ = [
@@ -17,7 +16,6 @@ __all__ = [
     "is_simulated_format",
     "left_out",
     "precision_settings",
-    "read_config",
     "trainer_parts",
 ]
 
@@ -136,27 +134,12 @@ def trainer_parts(key: str, configs: Sequence[str]) -> list[Any]:
         configs: The user's configs, as ``fit`` takes them.
     """
     found: list[Any] = []
-    for config in configs:
-        trainer = read_config(config).get("trainer")
-        if not isinstance(trainer, dict):
-            continue
+    for config in itertools.chain.from_iterable(map(read_configs, configs)):
+        trainer = config.trainer
         if key in trainer:
             found = _listed(trainer[key])  # a later file replaces the list
         found = [*found, *_listed(trainer.get(f"{key}+"))]
     return found
-
-
-def read_config(config: str) -> dict[str, Any]:
-    """Return what a config says, before references are filled in.
-
-    Raises:
-        CommandError: If it is no YAML.
-    """
-    try:
-        content = yaml.safe_load(Path(resolve_config(config)[0]).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise CommandError(f"--config {config} is no YAML: {' '.join(str(error).split())}") from error
-    return content if isinstance(content, dict) else {}
 
 
 def class_name(part: Any) -> str:

@@ -1,7 +1,9 @@
 """``lightning-stable list`` and ``lightning-stable show``: what there is, without importing torch."""
 
 import sys
+from collections.abc import Iterable
 
+from lightning_stable._extensions import extensions
 from lightning_stable.cli.locate import (
     FOLDERS,
     GUIDES,
@@ -13,19 +15,27 @@ from lightning_stable.cli.locate import (
     read_card,
     read_guide,
 )
-from lightning_stable.registry import METHODS, nearest
+from lightning_stable.registry import METHODS, Method, methods, nearest
 
 __all__ = ["print_list", "show"]
 
 
 def print_list() -> None:
-    """Print methods, recipes and addons: tables on a terminal, else one plain line each."""
+    """Print methods, recipes and addons: tables on a terminal, else one plain line each.
+
+    A method that another distribution adds is marked with that distribution.
+    """
     recipes, addons = list_templates("recipe"), list_templates("addon")
     if sys.stdout.isatty():
         _print_tables(recipes, addons)
         return
     rows: list[tuple[str, str, str, str, str]] = [
-        *(("method", m.name, m.kind, m.class_name, f"{m.summary} [{m.paper}]") for m in METHODS),
+        *(("method", m.name, m.kind, m.class_name, _describe(m)) for m in METHODS),
+        *(
+            ("method", m.name, m.kind, m.class_name, f"{_describe(m)} (from {extension.distribution})")
+            for extension in extensions()
+            for m in extension.methods
+        ),
         *((t.kind, t.name, "config", f"{t.kind}:{t.name}", t.summary) for t in (*recipes, *addons)),
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -48,7 +58,8 @@ def show(name: str) -> None:
         if name.startswith(f"{kind}:"):
             _print_text(find_template(kind, name.removeprefix(f"{kind}:")).path.read_text(encoding="utf-8"), "yaml")
             return
-    if name in {method.name for method in METHODS}:
+    known_methods = {method.name for method in methods()}
+    if name in known_methods:
         _print_text(read_card(name), "markdown")
         return
     if name in GUIDES:
@@ -57,12 +68,17 @@ def show(name: str) -> None:
     files = {t.name: (t.path, "yaml") for kind in reversed(FOLDERS) for t in list_templates(kind)}
     files |= {path.name: (path, "bash") for path in list_scripts()}
     if name not in files:
-        known = [*files, *GUIDES, *(method.name for method in METHODS)]
+        known = [*files, *GUIDES, *known_methods]
         raise CommandError(
             f"There is no method, guide, recipe, addon or script {name!r}. {nearest(name, sorted(set(known)))}"
         )
     path, language = files[name]
     _print_text(path.read_text(encoding="utf-8"), language)
+
+
+def _describe(method: Method) -> str:
+    """Return the summary of a method and its papers, which only our own methods have to have."""
+    return f"{method.summary} [{method.paper}]" if method.paper else method.summary
 
 
 def _print_text(text: str, language: str) -> None:
@@ -81,18 +97,21 @@ def _print_text(text: str, language: str) -> None:
 
 
 def _print_tables(recipes: list[Template], addons: list[Template]) -> None:
-    """Print the three tables of a terminal."""
+    """Print the tables of a terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table(
-        "name", "class", "what it does", "paper (arXiv)", title="Methods", title_justify="left", box=box.SIMPLE
-    )
-    for method in METHODS:
-        table.add_row(f"[bold]{method.name}[/]", method.class_name, method.summary, method.paper)
-    console.print(table)
+    groups: list[tuple[str, Iterable[Method]]] = [("Methods", METHODS)]
+    groups += [(f"Methods from {extension.distribution}", extension.methods) for extension in extensions()]
+    for title, group in groups:
+        table = Table(
+            "name", "class", "what it does", "paper (arXiv)", title=title, title_justify="left", box=box.SIMPLE
+        )
+        for method in group:
+            table.add_row(f"[bold]{method.name}[/]", method.class_name, method.summary, method.paper)
+        console.print(table)
     for title, templates in (
         ("Recipes: lightning-stable run NAME", recipes),
         ("Addons: lightning-stable fit --config mine.yaml --config addon:NAME", addons),

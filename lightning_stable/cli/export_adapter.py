@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning_stable.cli.locate import CommandError, short_path
 from lightning_stable.registry import nearest
 
-__all__ = ["export"]
+__all__ = ["add_options", "run"]
 
 _FORMS = ("lora", "merged", "native")
 _NEXT = {
@@ -21,11 +21,36 @@ _NEXT = {
 }
 
 
-def export(options: argparse.Namespace) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``export-adapter``."""
+    parser.description = (
+        "Write the adapters of a checkpoint, trained with the callback Adapters, to a folder. More: 'lightning-stable "
+        "show export_adapter'."
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="the checkpoint file")
+    parser.add_argument("out", metavar="OUT", help="the folder to write, empty or not there yet")
+    parser.add_argument(
+        "--as",
+        dest="form",
+        metavar="FORM",
+        default="lora",
+        help="lora: a PEFT folder of plain LoRA for the untouched base (the default); merged: the whole model, with "
+        "--base; native: a PEFT folder of the adapters as they were trained",
+    )
+    parser.add_argument(
+        "--base", metavar="DIR", help="the model that training started from, a folder of save_pretrained"
+    )
+    parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
+
+
+def run(options: argparse.Namespace) -> int:
     """Write the adapters of a checkpoint to a folder, and say what is there.
 
     Args:
         options: With ``checkpoint``, ``out``, ``form``, ``base`` and ``force``.
+
+    Returns:
+        0: failures are errors.
 
     Raises:
         CommandError: If there are no adapters to be had, the base is another one, or the folder cannot be written.
@@ -44,3 +69,4 @@ def export(options: argparse.Namespace) -> None:
     sys.stdout.write(f"{done.summary}: {short_path(out)}\n{_NEXT[options.form].format(out=str(out))}\n")
     for note in done.notes:
         sys.stderr.write(f"lightning-stable: warning: {note}\n")
+    return 0

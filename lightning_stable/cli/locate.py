@@ -1,9 +1,13 @@
-"""Where the packaged templates and cards lie: inside an installed wheel, or beside the package in a source tree."""
+"""Where the packaged templates and cards lie: inside an installed wheel, or beside the package in a source tree.
+
+Those of methods that other distributions add lie in their packages: ``cards/NAME.md``, ``templates/addons/NAME.yaml``.
+"""
 
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lightning_stable.registry import nearest
+from lightning_stable._extensions import extensions
+from lightning_stable.registry import addons_of, nearest
 
 __all__ = [
     "FOLDERS",
@@ -11,6 +15,7 @@ __all__ = [
     "PICTURE_FORMATS",
     "CommandError",
     "Template",
+    "find_project_template",
     "find_template",
     "list_scripts",
     "list_templates",
@@ -27,11 +32,18 @@ FOLDERS: dict[TemplateKind, str] = {"recipe": "recipes", "addon": "addons"}
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-GUIDES = ("export_adapter", "sweep", "task_stream")
+GUIDES = ("doctor", "export_adapter", "extend", "recipes", "sweep", "task_stream")
 """Pages about what is no method."""
 
 # Where the same is said in docstrings.
-_ROOM_OF = {"export_adapter": "cli", "sweep": "cli", "task_stream": "data"}
+_MODULE_OF = {
+    "doctor": "cli.doctor",
+    "export_adapter": "cli.export_adapter",
+    "extend": "registry",
+    "recipes": "cli.training",
+    "sweep": "cli.sweep",
+    "task_stream": "data.task_stream",
+}
 
 PICTURE_FORMATS = (".png", ".svg", ".pdf")
 """The suffixes that ``lightning-stable plot --output`` takes."""
@@ -70,14 +82,21 @@ class Template(NamedTuple):
 
 
 def list_templates(kind: TemplateKind) -> list[Template]:
-    """Return the packaged templates of one kind, sorted by name."""
-    folder = _folder("templates", "templates") / FOLDERS[kind]
-    return [Template(kind, path.stem, path) for path in sorted(folder.glob("*.yaml"))]
+    """Return the packaged templates of one kind, and the addons of methods that were added, sorted by name."""
+    paths = list((_folder("templates", "templates") / FOLDERS[kind]).glob("*.yaml"))
+    if kind == "addon":
+        paths += _added_addons()
+    return sorted((Template(kind, path.stem, path) for path in paths), key=lambda template: template.name)
 
 
 def list_scripts() -> list[Path]:
     """Return the packaged scripts that start a recipe on several machines, sorted by name."""
     return sorted((_folder("templates", "templates") / "launch").glob("*.*"))
+
+
+def find_project_template(name: str) -> Path:
+    """Return the folder of a packaged cookiecutter template, ``"scaffold"`` or ``"plugin"``."""
+    return _folder("templates", "templates") / name
 
 
 def find_template(kind: TemplateKind, name: str) -> Template:
@@ -116,7 +135,8 @@ def read_card(name: str) -> str:
     Raises:
         CommandError: If the method has no card.
     """
-    path = _folder("cards", "docs/methods") / f"{name}.md"
+    folders = [e.folder / "cards" for e in extensions() if name in {method.name for method in e.methods}]
+    path = (folders or [_folder("cards", "docs/methods")])[0] / f"{name}.md"
     if not path.is_file():
         raise CommandError(f"The method {name!r} has no card: {path} does not exist.")
     return path.read_text(encoding="utf-8")
@@ -130,8 +150,9 @@ def read_guide(name: str) -> str:
     """
     path = _folder("guides", "docs") / f"{name}.md"
     if not path.is_file():
-        module = f"lightning_stable.{_ROOM_OF[name]}.{name}"
-        raise CommandError(f"The guide {name!r} is not installed. See: python -m pydoc {module}")
+        raise CommandError(
+            f"The guide {name!r} is not installed. See: python -m pydoc lightning_stable.{_MODULE_OF[name]}"
+        )
     return path.read_text(encoding="utf-8")
 
 
@@ -141,6 +162,13 @@ def short_path(path: Path) -> str:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def _added_addons() -> list[Path]:
+    """Return the addons of methods that other distributions add; no other file of theirs."""
+    names = [(e.folder, addon) for e in extensions() for method in e.methods for addon in addons_of(method)]
+    paths = (folder / "templates" / FOLDERS["addon"] / f"{name}.yaml" for folder, name in names)
+    return [path for path in paths if path.is_file()]
 
 
 def _folder(installed: str, in_source: str) -> Path:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,9 +30,14 @@ COMMANDS = {
     "list": "list methods, recipes and addons",
     "show": "print the card of a method, a guide, or a packaged config or script",
     "plot": "draw the stability gap of a run",
+    "report": "write one page of a run, or of several beside each other",
     "export-adapter": "take trained adapters elsewhere, as LoRA for PEFT or merged into the model",
+    "new": "start a project, or a package with a plugin of your own",
+    "doctor": "tell what can run here, and why the rest cannot",
     **TRAINER_COMMANDS,
 }
+# Commands with a module of their own: `add_options(parser)` imports nothing heavy, `run(options)` gives the exit code.
+_MODULES = {"report": "report", "export-adapter": "export_adapter", "new": "new", "doctor": "doctor"}
 
 _EXAMPLES = f"""\
 examples:
@@ -42,6 +48,9 @@ examples:
   {PROGRAM} sweep --config quickstart --lr 1e-3 1e-2 --precision 32-true e4m3 --seeds 3
   {PROGRAM} show wsd
   {PROGRAM} plot runs/stability_gap/version_0
+  {PROGRAM} report runs/quickstart/version_0
+  {PROGRAM} new my-project
+  {PROGRAM} doctor
   {PROGRAM} export-adapter runs/lm_finetune_pissa/version_0/checkpoints/last.ckpt my_adapter
 """
 
@@ -105,29 +114,28 @@ def _dispatch(arguments: list[str], debug: bool) -> int:
 
         return sweep(*parser.parse_known_args(arguments))
     options = parser.parse_args(arguments)
-    if command == "export-adapter":
-        from lightning_stable.cli.export_adapter import export
-
-        export(options)
+    if command in _MODULES:
+        code = int(import_module(f"lightning_stable.cli.{_MODULES[command]}").run(options))
     else:
-        _run_light(options)
+        code = _run_light(options)
     sys.stdout.flush()
-    return 0
+    return code
 
 
-def _run_light(options: argparse.Namespace) -> None:
+def _run_light(options: argparse.Namespace) -> int:
     """Run a command that needs no torch."""
     if options.command == "plot":
         from lightning_stable.cli.plot import plot
 
         plot(options.source, options.output)
-        return
+        return 0
     from lightning_stable.cli.catalogue import print_list, show
 
     if options.command == "show":
         show(options.name)
     else:
         print_list()
+    return 0
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -218,34 +226,13 @@ def _parser() -> _Parser:
     plot.add_argument(
         "--output", metavar="FILE", help=f"the picture, as {formats}; by default stability_gap.png beside the file"
     )
-    _add_export(commands.add_parser("export-adapter", help=COMMANDS["export-adapter"], description=_EXPORT))
+    for command, module in _MODULES.items():
+        import_module(f"lightning_stable.cli.{module}").add_options(
+            commands.add_parser(command, help=COMMANDS[command], allow_abbrev=False)
+        )
     for command, text in TRAINER_COMMANDS.items():
         commands.add_parser(command, help=text)
     return parser
-
-
-_EXPORT = (
-    "Write the adapters of a checkpoint, trained with the callback Adapters, to a folder. More: 'lightning-stable show "
-    "export_adapter'."
-)
-
-
-def _add_export(export: argparse.ArgumentParser) -> None:
-    """Add the options of ``export-adapter``."""
-    export.add_argument("checkpoint", metavar="CKPT", help="the checkpoint file")
-    export.add_argument("out", metavar="OUT", help="the folder to write, empty or not there yet")
-    export.add_argument(
-        "--as",
-        dest="form",
-        metavar="FORM",
-        default="lora",
-        help="lora: a PEFT folder of plain LoRA for the untouched base (the default); merged: the whole model, with "
-        "--base; native: a PEFT folder of the adapters as they were trained",
-    )
-    export.add_argument(
-        "--base", metavar="DIR", help="the model that training started from, a folder of save_pretrained"
-    )
-    export.add_argument("--force", action="store_true", help="write into a folder that is not empty")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 
 from lightning_stable.cli._sweep_precision import is_simulated_format
 from lightning_stable.cli.values import explain_value, inner_problem
-from lightning_stable.registry import METHODS
+from lightning_stable.registry import methods
 
 __all__ = ["explain_interpolation", "explain_parsing", "is_bad_input", "root_error"]
 
@@ -58,7 +58,7 @@ def explain_parsing(message: str, command: str, known: list[str]) -> str:
             return f"{found['key']}: the class {found['path']} has no option {option['option']!r}. {hint}"
         return f"{found['key']}: problem with the class {found['path']}: {' '.join(problem.split())}"
     if found := no_class:
-        named = next((method.class_name for method in METHODS if method.name == found["name"].rstrip(".,")), None)
+        named = next((method.class_name for method in methods() if method.name == found["name"].rstrip(".,")), None)
         if named:
             return (
                 f"{found['key']}: {named} goes by the name {found['name']!r} where no options follow. With options, or "

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lightning_stable._glue.progress import follow_command
 from lightning_stable.cli._sweep_grid import (
     LOG_NAME,
     RECORD_NAME,
@@ -101,7 +102,7 @@ def sweep(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         with terminable():
             ended = run_on_ray(jobs, options.gpus_per_run) if options.ray and jobs else run_here(jobs, options.jobs)
             # At once, whatever comes up: whoever stops taking them ends those that are running.
-            with contextlib.closing(ended):
+            with contextlib.closing(ended), follow_command("Sweep", len(asked.runs), len(results)) as advance:
                 for one in ended:
                     run = missing[one.place]
                     record = _take_result(asked, run, one)
@@ -110,6 +111,7 @@ def sweep(options: argparse.Namespace, overrides: Sequence[str]) -> int:
                     else:
                         results[run] = record
                     _tell(asked, run, one, record, len(results) + len(failed))
+                    advance()
     except KeyboardInterrupt as stop:
         sys.stderr.write(
             f"lightning-stable: interrupted; the same command goes on. {len(results)} of {len(asked.runs)} runs have "

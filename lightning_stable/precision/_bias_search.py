@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_stable._glue.progress import follow
 from lightning_stable._glue.quiet import QuietPass, own_loss
 from lightning_stable.functional._simulated_layers import Quantized
 from lightning_stable.functional.exponent_bias import BiasTable, add_output_errors, bias_errors, new_table
@@ -56,7 +57,8 @@ class BiasSearch(Part):
     def before_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._done >= self._batches:
             return
-        self._look(pl_module, batch, batch_idx)
+        with follow(trainer, f"{self._owner}: search of exponent biases", len(quantized_layers(pl_module))) as advance:
+            self._look(pl_module, batch, batch_idx, advance)
         self._done += 1
         found = {name: [None if t is None else t.best for t in tables] for name, tables in self._tables.items()}
         # Each process has seen other batches.
@@ -85,8 +87,8 @@ class BiasSearch(Part):
         tables = state.get("bias_tables", {})
         self._tables = {name: [None if t is None else BiasTable(*t) for t in both] for name, both in tables.items()}
 
-    def _look(self, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Add the errors of one batch to the tables."""
+    def _look(self, pl_module: LightningModule, batch: Any, batch_idx: int, advance: Callable[[], None]) -> None:
+        """Add the errors of one batch to the tables; ``advance`` is called after each layer."""
         layers = quantized_layers(pl_module)
         handles = []
         for name, state in layers.items():
@@ -94,7 +96,9 @@ class BiasSearch(Part):
             tables = self._tables.setdefault(name, [None, None])
             if self._metric == "tensor" and state.weights is not None and tables[0] is None:
                 tables[0] = _with_tensor(None, cast(Tensor, layer.weight).detach(), state.weights)
-            handles.append(layer.register_forward_pre_hook(self._at_first_input(name, state), with_kwargs=True))
+            handles.append(
+                layer.register_forward_pre_hook(self._at_first_input(name, state, advance), with_kwargs=True)
+            )
         try:
             with (
                 torch.compiler.set_stance("force_eager"),
@@ -108,7 +112,7 @@ class BiasSearch(Part):
             for handle in handles:
                 handle.remove()
 
-    def _at_first_input(self, name: str, state: LayerQuantization) -> Callable[..., None]:
+    def _at_first_input(self, name: str, state: LayerQuantization, advance: Callable[[], None]) -> Callable[..., None]:
         seen: list[str] = []
 
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
@@ -121,6 +125,7 @@ class BiasSearch(Part):
                 self._tables[name] = _with_output(tables, layer, state, x)
             elif state.activations is not None:
                 tables[1] = _with_tensor(tables[1], x, state.activations)
+            advance()
 
         return hook
 

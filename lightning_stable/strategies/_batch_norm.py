@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
+from lightning_stable._glue.progress import progress
 from lightning_stable.strategies._consolidation import float_buffers
 from lightning_stable.strategies._workers import Workers
 
@@ -58,7 +59,8 @@ def _see(trainer: Trainer, module: LightningModule) -> None:
     combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     limit = min(_BATCHES, trainer.num_training_batches)
-    for index, (batch, _, _) in enumerate(combined):
+    told = "Statistics of batch normalisation"
+    for index, (batch, _, _) in enumerate(progress(trainer, combined, told, limit)):
         if index >= limit:
             return
         moved = trainer.strategy.batch_to_device(plugin.convert_input(batch))

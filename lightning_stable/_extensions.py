@@ -1,0 +1,129 @@
+"""Methods that other installed distributions add, found by their entry points without importing torch.
+
+The value of an entry point of the group :data:`GROUP` is a row (:class:`~lightning_stable.registry.Method`) or a
+sequence of rows. What is wrong with one is told on stderr, once, and stops nothing else.
+"""
+
+import functools
+import re
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from lightning_stable.registry import METHODS, Kind, Method, load_class
+
+__all__ = ["GROUP", "Extension", "extensions", "load_classes"]
+
+GROUP = "lightning_stable.methods"
+"""The group of entry points by which other distributions add methods."""
+
+_OURS = "lightning-stable"
+_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+
+
+class Extension(NamedTuple):
+    """The methods that one entry point of another distribution adds.
+
+    Attributes:
+        distribution: Name and version of the distribution, as in ``"my-plugin 0.1.0"``.
+        folder: Where its cards (``cards/NAME.md``) and addons (``templates/addons/NAME.yaml``) lie: the folder of the
+            module that the entry point names.
+        methods: Its rows.
+    """
+
+    distribution: str
+    folder: Path
+    methods: tuple[Method, ...]
+
+
+@functools.cache
+def extensions() -> tuple[Extension, ...]:
+    """Return what installed distributions add, in the order of their names.
+
+    What cannot be loaded, is no row, or has a name that is taken, is told on stderr and left out.
+    """
+    found: list[Extension] = []
+    taken = {name: _OURS for method in METHODS for name in _names(method)}
+    points = [(_distribution(point), point) for point in entry_points(group=GROUP)]
+    for distribution, point in sorted(points, key=lambda pair: (pair[0], pair[1].name)):
+        try:
+            value = point.load()
+            folder = Path(str(sys.modules[point.module].__file__)).resolve().parent
+        except Exception as error:  # whatever a stranger's module raises must not stop the rest
+            _tell(f"the methods of {distribution} ({point.value}) cannot be loaded: {type(error).__name__}: {error}")
+            continue
+        rows = _accept(value, distribution, point.value, taken)
+        if rows:
+            found.append(Extension(distribution, folder, rows))
+    return tuple(found)
+
+
+def load_classes() -> None:
+    """Import the class of every method, so that configs may give it by its bare name.
+
+    One of another distribution that cannot be imported is told on stderr, once, and left out.
+    """
+    for method in METHODS:
+        load_class(method)
+    for extension in extensions():
+        for method in extension.methods:
+            _load_foreign(method, extension.distribution)
+
+
+def _distribution(point: EntryPoint) -> str:
+    """Return the name and the version of what an entry point belongs to."""
+    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown distribution"
+
+
+def _accept(value: Any, distribution: str, source: str, taken: dict[str, str]) -> tuple[Method, ...]:
+    """Return the rows of an entry point that can be used, tell of the others, and note the names that they take."""
+    rows: list[Method] = []
+    for row in value if isinstance(value, (tuple, list)) and not isinstance(value, Method) else [value]:
+        problem = _shape(row) or _collision(row, taken)
+        if problem:
+            _tell(f"a method of {distribution} ({source}) is left out: {problem}")
+            continue
+        rows.append(row)
+        taken.update(dict.fromkeys(_names(row), distribution))
+    return tuple(rows)
+
+
+def _shape(row: Any) -> str:
+    """Return in what a row is none, or nothing."""
+    if not isinstance(row, Method):
+        return f"expected a lightning_stable.registry.Method, got {row!r}."
+    if not _NAME.fullmatch(row.name):
+        return f"its name {row.name!r} has to be lower case letters, digits and underscores."
+    if row.kind not in get_args(Kind):
+        return f"{row.name!r} has the kind {row.kind!r}, which is none of {', '.join(get_args(Kind))}."
+    parts = row.class_path.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        return f"{row.name!r} has the class_path {row.class_path!r}, which is not of the form package.module.Class."
+    return ""
+
+
+def _collision(row: Method, taken: dict[str, str]) -> str:
+    """Return which name of a row is taken, and by whom, or nothing."""
+    for name in _names(row):
+        if name in taken:
+            kind = "class name" if name in (row.class_name, *row.relatives) else "name"
+            return f"the {kind} {name!r} is taken by a method of {taken[name]}. Rename one of them."
+    return ""
+
+
+def _names(method: Method) -> list[str]:
+    """Return the names that a method takes: its own, its addons', and those of its public classes."""
+    return [method.name, *method.addons, method.class_name, *method.relatives]
+
+
+@functools.cache
+def _load_foreign(method: Method, distribution: str) -> None:
+    try:
+        load_class(method)
+    except Exception as error:  # see extensions()
+        _tell(f"{method.class_path} of {distribution} cannot be imported: {type(error).__name__}: {error}")
+
+
+def _tell(problem: str) -> None:
+    sys.stderr.write(f"{_OURS}: warning: {problem}\n")
