@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help quickstart test lint format docs clean
+.PHONY: help quickstart test lint format docs linkcheck clean
 help:
 	@echo "make quickstart   train on real data with WSD-S and EMA, print a table, write a picture"
 	@echo "make test         run the whole suite"
 	@echo "make lint         ruff, mypy --strict, import-linter"
 	@echo "make docs         build the HTML documentation into docs/_build/html"
+	@echo "make linkcheck    look whether the links out of it are still good; needs a network"
 	@echo "make bench-NAME   run benchmarks/NAME.py (wsd, ema, balanced_ema, sharpness_cost, sharpness_effect,"
 	@echo "                  gradient_stabilisers, gradient_overhead, stability_gap, evaluation_cost, co2_overlap,"
 	@echo "                  co2_quality, time_to_loss, co2_memory, compression, robustness,"
@@ -41,6 +42,10 @@ format: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+# Not part of .ci/run, which has no network.
+linkcheck: $(INSTALLED)
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
 
 bench-%: $(INSTALLED)
 	$(BIN)/python benchmarks/$*.py

@@ -1,10 +1,15 @@
 """Fixtures of the whole suite: no seed from another test, and one pair of processes for all two-process tests."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
-from contract.workers import Pair
+
+from lightning_stable.testing.serving import preload
+
+# With the fixtures `workers` and `clean_process`.
+pytest_plugins = ["lightning_stable.testing.plugin"]
+
+preload("contract.preloaded")
 
 
 @pytest.fixture(autouse=True)
@@ -14,10 +19,3 @@ def unseeded() -> None:
     Not by the fixture `monkeypatch`: used here, it would outlive the fixtures that tidy up after a test.
     """
     os.environ.pop("PL_GLOBAL_SEED", None)
-
-
-@pytest.fixture(scope="session")
-def workers() -> Iterator[Pair]:
-    pair = Pair()
-    yield pair
-    pair.stop()

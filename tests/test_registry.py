@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from added_plugins import site  # noqa: F401  a fixture
 
 import lightning_stable
-from lightning_stable.registry import METHODS, Method, find_method, load_class, nearest
+from lightning_stable._extensions import extensions, load_classes
+from lightning_stable.registry import METHODS, Method, addons_of, find_method, load_class, methods, nearest
 
 ROOMS = {
     "callback": "callbacks",
@@ -134,6 +136,89 @@ def test_nearest_offers_at_most_three():
     assert nearest("q", ["b", "a"]) == "Known names: a, b."
 
 
+# ----------------------------------------------------------------------------- methods of other distributions
+
+
+def test_without_other_distributions_there_are_ours():
+    assert methods() == METHODS
+    assert extensions() == ()
+    assert addons_of(find_method("wsd")) == ("wsd", "wsd_s")
+    assert addons_of(find_method("continual")) == ()
+
+
+def test_an_installed_distribution_adds_its_methods(site, capsys):  # noqa: F811
+    folder = site.add("far_plugin", addons=("farther",))
+    site.add("another_plugin")
+    assert [method.name for method in methods()[len(METHODS) :]] == ["another_plugin", "far_plugin"]
+    (_, far) = extensions()
+    assert (far.distribution, far.folder) == ("far-plugin 1.2", folder)
+    assert addons_of(find_method("far_plugin")) == ("far_plugin", "farther")
+    assert find_method("far_plugin").class_name == "FarPlugin"
+    with pytest.raises(ValueError, match="Did you mean 'far_plugin'"):
+        find_method("far_plugins")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_single_row_and_a_list_of_rows_will_do(site):  # noqa: F811
+    row = "Method('{0}', 'metric', '{0}.x.{1}', '', 'Of somebody else')"
+    head = "from lightning_stable.registry import Method\nMETHODS = "
+    site.add("one_row", rows=head + row.format("one_row", "One"))
+    site.add("two_rows", rows=f"{head}[{row.format('two_rows', 'Two')}, {row.format('third', 'Three')}]")
+    assert [method.name for method in methods()[len(METHODS) :]] == ["one_row", "two_rows", "third"]
+
+
+ROW = "from lightning_stable.registry import Method\nMETHODS = Method({})"
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        ("import not_installed_anywhere", ["broken_plugin.methods:METHODS", "not_installed_anywhere"]),
+        ("1 / 0", ["ZeroDivisionError"]),
+        ("OTHER = ()", ["METHODS"]),
+        ("METHODS = 'ema'", ["'ema'", "registry.Method"]),
+        (ROW.format("'Upper', 'callback', 'a.B', '', 'x'"), ["'Upper'", "lower case"]),
+        (ROW.format("'mine', 'scheduler', 'a.B', '', 'x'"), ["'mine'", "'scheduler'", "callback, strategy"]),
+        (ROW.format("'mine', 'callback', 'B', '', 'x'"), ["'mine'", "'B'", "package.module.Class"]),
+        (ROW.format("'ema', 'callback', 'a.B', '', 'x'"), ["name 'ema'", "lightning-stable"]),
+        (ROW.format("'wsd_s', 'callback', 'a.B', '', 'x'"), ["name 'wsd_s'", "lightning-stable"]),
+        (ROW.format("'mine', 'callback', 'a.B', '', 'x', ('pissa',)"), ["name 'pissa'", "lightning-stable"]),
+        (ROW.format("'mine', 'callback', 'a.EMA', '', 'x'"), ["class name 'EMA'", "lightning-stable"]),
+        (ROW.format("'mine', 'metric', 'a.B', '', 'x', (), ('Forgetting',)"), ["class name 'Forgetting'"]),
+    ],
+)
+def test_what_is_wrong_with_one_is_told_once_and_stops_nothing(rows, parts, site, capsys):  # noqa: F811
+    site.add("broken_plugin", rows=rows)
+    site.add("good_plugin")
+    for _ in range(2):
+        assert [method.name for method in methods()[len(METHODS) :]] == ["good_plugin"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lightning-stable: warning: ")
+    for part in ("broken-plugin 1.2", *parts):
+        assert part in line
+
+
+def test_two_distributions_with_one_name_are_both_named(site, capsys):  # noqa: F811
+    site.add("first_plugin", name="same")
+    site.add("second_plugin", name="same")
+    assert methods()[len(METHODS) :] == (find_method("same"),)
+    assert find_method("same").class_path.startswith("first_plugin.")
+    err = capsys.readouterr().err
+    assert "second-plugin 1.2" in err
+    assert "first-plugin 1.2" in err
+
+
+def test_a_class_that_cannot_be_imported_is_told_once_and_leaves_the_rest(site, capsys):  # noqa: F811
+    site.add("broken_plugin")
+    good = site.add("good_plugin")
+    (good / "plugin.py").write_text("class GoodPlugin: pass")
+    for _ in range(2):
+        load_classes()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "broken_plugin.plugin.BrokenPlugin of broken-plugin 1.2" in line
+    assert sys.modules["good_plugin.plugin"].GoodPlugin
+
+
 # ----------------------------------------------------------------------------- imports
 
 
@@ -166,6 +251,7 @@ def test_importing_the_package_imports_nothing_heavy(tmp_path: Path):
     code = """
 import sys
 import lightning_stable, lightning_stable.registry
+lightning_stable.registry.methods()
 dir(lightning_stable)
 lightning_stable.__version__
 heavy = ("torch", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "numpy", "transformers", "peft",

@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from lightning_stable.cli.locate import GUIDES
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*command, cwd, **kwargs):
+def run(*command, cwd, programs=None, **kwargs):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if programs is not None:  # as in a shell that has activated the environment
+        environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False, **kwargs
     )
@@ -67,9 +71,8 @@ def test_the_wheel_carries_every_template_and_card_and_no_other_top_level_name(w
         assert f"lightning_stable/templates/{file.relative_to(ROOT / 'templates').as_posix()}" in names
     for file in (ROOT / "docs" / "methods").glob("*.md"):
         assert f"lightning_stable/cards/{file.name}" in names
-    assert "lightning_stable/guides/task_stream.md" in names
-    assert "lightning_stable/guides/sweep.md" in names
-    assert "lightning_stable/guides/export_adapter.md" in names
+    for guide in GUIDES:
+        assert f"lightning_stable/guides/{guide}.md" in names
     for file in (ROOT / "lightning_stable").rglob("*.py"):
         assert file.relative_to(ROOT).as_posix() in names
     assert "lightning_stable/py.typed" in names
@@ -118,7 +121,7 @@ def test_list_and_show_work_from_the_wheel(command):
     assert {line.split()[1] for line in command("list").splitlines()} >= {"wsd", "ema", "quickstart", "wsd_s"}
     assert command("show", "wsd") == (ROOT / "docs/methods/wsd.md").read_text(encoding="utf-8")
     assert command("show", "quickstart") == (ROOT / "templates/recipes/quickstart.yaml").read_text(encoding="utf-8")
-    script = ROOT / "templates/launch/co2_multi_node.sh"
+    script = ROOT / "templates/launch/several_machines.sh"
     assert command("show", script.name) == script.read_text(encoding="utf-8")
 
 
@@ -135,3 +138,27 @@ def test_the_language_model_runs_from_the_wheel_in_an_empty_directory(command, t
     out = command("run", "lm_pretrain", *small)
     assert "runs/lm_pretrain/version_0" in out
     assert (tmp_path / "runs/lm_pretrain/version_0/checkpoints/last.ckpt").is_file()
+
+
+def test_a_new_project_passes_its_tests_and_trains_with_the_wheel_alone(command, installed, tmp_path):
+    out = command("new", "demo", "--no-input")
+    assert "  cd demo\n" in out
+    folder = tmp_path / "demo"
+    assert "__pycache__" not in {path.name for path in folder.rglob("*")}
+    tested = run("make", "test", cwd=folder, programs=installed).stdout
+    assert " passed" in tested
+    small = "ARGS=--trainer.max_steps 2 --trainer.limit_val_batches 1 --trainer.accelerator cpu"
+    assert "runs/train/version_0" in run("make", "train", small, cwd=folder, programs=installed).stdout
+    assert (folder / "runs/train/version_0/checkpoints/last.ckpt").is_file()
+
+
+def test_a_new_plugin_installs_and_is_listed_with_the_wheel_alone(command, installed, tmp_path):
+    command("new", "--plugin", "demo-plugin", "--no-input")
+    folder = tmp_path / "demo-plugin"
+    run("make", "install", cwd=folder, programs=installed)
+    (line,) = [line for line in command("list").splitlines() if line.startswith("method  gradient_noise ")]
+    assert line.endswith("(from demo-plugin 0.1.0)")
+    assert command("show", "gradient_noise") == (folder / "demo_plugin/cards/gradient_noise.md").read_text()
+    assert line in run("make", "list", cwd=folder, programs=installed).stdout
+    # The rest of its tests, and its contracts: tests/scaffold/test_bake.py.
+    assert "3 passed" in run("make", "test", "ARGS=-k 'rows or card'", cwd=folder, programs=installed).stdout

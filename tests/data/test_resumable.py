@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract.harness import QUIET
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DistributedSampler
 
 from lightning_stable.data._resumable import EpochSampler
 from lightning_stable.data.digits import DigitsDataModule
 from lightning_stable.data.text import TextDataModule
+from lightning_stable.testing.harness import QUIET
 
 EPOCH = 5  # batches of an epoch, for both datamodules below
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract.harness import QUIET
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from lightning_stable.cli.main import main
 from lightning_stable.data.task_stream import TaskStream
 from lightning_stable.recipes.image_classifier import ImageClassifier
+from lightning_stable.testing.harness import QUIET
 
 SETTINGS = {"tasks": 3, "batch_size": 120, "epochs_per_task": 2}
 WHOLE = [0] * 8 + [1] * 6 + [2] * 6  # the task of each batch: 4 batches an epoch with four classes, 3 with three
