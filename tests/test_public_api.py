@@ -39,7 +39,9 @@ class Sources:
     def public_modules(self) -> Iterator[str]:
         for module in self.files:
             inner = module.split(".")[1:]
-            if not any(part.startswith("_") for part in inner) and inner[:1] != ["cli"]:
+            # Of the contract suite the package and its plugin are for others.
+            shown = inner[:1] not in (["cli"], ["testing"]) or inner in (["testing"], ["testing", "plugin"])
+            if shown and not any(part.startswith("_") for part in inner):
                 yield module
 
     def _imported(self, module: str) -> dict[str, tuple[str, str]]:

@@ -1,15 +1,12 @@
 """StabilityGap measures what a loop by hand measures, wherever tasks come from, and leaves training alone."""
 
-import json
 import logging
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from callbacks.gap_runs import CLASSES, FEATURES, Classifier, loaders, run, samples, train
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -18,43 +15,6 @@ from typing_extensions import override
 from lightning_stable.callbacks import EMA
 from lightning_stable.callbacks.stability_gap import StabilityGap
 from lightning_stable.testing.harness import QUIET
-
-FEATURES, CLASSES = 5, 4
-
-
-def samples(count: int, classes: tuple[int, ...], seed: int) -> TensorDataset:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.tensor(classes)[torch.randint(len(classes), (count,), generator=generator)]
-    x = torch.randn(count, FEATURES, generator=generator) + 2 * nn.functional.one_hot(labels, FEATURES)
-    return TensorDataset(x, labels)
-
-
-def loaders(tasks: int = 2, count: int = 12) -> list[DataLoader]:
-    return [
-        DataLoader(samples(count, (2 * task % CLASSES, 2 * task % CLASSES + 1), 10 + task), batch_size=5)
-        for task in range(tasks)
-    ]
-
-
-def train(seed: int = 0, count: int = 24) -> DataLoader:
-    return DataLoader(samples(count, (0, 1, 2, 3), seed), batch_size=4)
-
-
-class Classifier(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.body = nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2))
-        self.head = nn.Linear(8, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
 class ByHand(Callback):
@@ -78,25 +38,10 @@ class ByHand(Callback):
         self.seen.append((trainer.global_step, right, losses))
 
 
-def run(*callbacks: Callback, module: LightningModule | None = None, data: Any = None, **settings: Any) -> Trainer:
-    settings = {**QUIET, "devices": 1, "max_steps": 8, **settings}
-    trainer = Trainer(callbacks=list(callbacks), **settings)
-    validation = settings.pop("validation", None)
-    module = Classifier() if module is None else module
-    if isinstance(data, LightningDataModule):
-        trainer.fit(module, datamodule=data)
-    else:
-        trainer.fit(module, train() if data is None else data, validation)
-    return trainer
-
-
 def curve(gap: StabilityGap, task: int, weights: str = "live") -> dict[int, float]:
     """Return the score of a task after each number of steps: the last, where it was evaluated twice."""
     entry = next(entry for entry in gap.record()["series"][weights] if entry["task"] == task)
     return dict(zip(entry["steps"], entry["scores"], strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------- what is measured
 
 
 @pytest.mark.parametrize("score", ["accuracy", "loss"])
@@ -291,9 +236,6 @@ def test_gradient_norms_are_those_of_the_whole_subset() -> None:
         assert rows[step] == pytest.approx((float(new.norm()), float(old.norm()), cosine), rel=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------- which samples
-
-
 def test_a_subset_is_chosen_once_and_says_if_it_is_all(caplog: pytest.LogCaptureFixture) -> None:
     seen: list[Tensor] = []
 
@@ -332,9 +274,6 @@ def test_samples_on_the_cpu_measure_the_same() -> None:
     run(one)
     run(other)
     assert one.record()["series"] == other.record()["series"]
-
-
-# ---------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -426,66 +365,3 @@ def test_a_task_without_a_loader_in_the_middle_is_said_and_left_out() -> None:
         run(gap, Ask())
     assert sorted(curve(gap, 0)) == list(range(9))
     assert gap.record()["summary"]["live"][0]["task"] == 0
-
-
-# ---------------------------------------------------------------------------------------------------- what is written
-
-
-def test_file_picture_log_and_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    gap = StabilityGap(loaders(), task_steps=[3])
-    with caplog.at_level(logging.INFO):
-        trainer = run(gap, logger=CSVLogger(tmp_path), log_every_n_steps=2)
-    folder = Path(trainer.log_dir)
-    assert json.loads((folder / "stability_gap.json").read_text()) == gap.record()
-    assert (folder / "stability_gap.png").stat().st_size > 10_000
-    header = (folder / "metrics.csv").read_text().splitlines()[0]
-    assert {"stability_gap/task_0", "stability_gap/task_1", "stability_gap/average_accuracy"} <= set(header.split(","))
-    assert "at the end of task 0" in caplog.text
-    assert gap.summary() in caplog.text
-
-
-def test_an_interrupted_run_leaves_its_file(tmp_path: Path) -> None:
-    class Fail(Callback):
-        @override
-        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            if trainer.global_step == 4:
-                raise RuntimeError("deliberate")
-
-    gap = StabilityGap(loaders(), directory=str(tmp_path), task_steps=[3])
-    with pytest.raises(RuntimeError, match="deliberate"):
-        run(gap, Fail())
-    assert json.loads((tmp_path / "stability_gap.json").read_text())["series"]["live"][0]["steps"][-1] == 4
-
-
-def test_a_run_without_a_directory_says_that_nothing_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with caplog.at_level(logging.INFO):
-        run(StabilityGap(loaders()))
-    assert "writes no stability_gap.json" in caplog.text
-    assert not list(tmp_path.iterdir())
-
-
-def test_training_is_untouched_with_everything_on() -> None:
-    def weights(*callbacks: Callback) -> dict[str, Tensor]:
-        module = Classifier()
-        torch.manual_seed(11)
-        run(*callbacks, module=module, data=DataLoader(samples(24, (0, 1, 2, 3), 0), batch_size=4, shuffle=True))
-        return {**module.state_dict(), "random": torch.rand(4)}
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        plain = weights()
-        watched = weights(StabilityGap(loaders(), gradients=True, task_steps=[3], subset=9))
-    assert all(torch.equal(value, watched[name]) for name, value in plain.items())
-
-
-def test_a_file_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
-    blocked = tmp_path / "blocked"
-    blocked.write_text("in the way")
-    with pytest.raises(ValueError, match="is a file"):
-        run(StabilityGap(loaders(), directory=str(blocked)))
-    with pytest.warns(RuntimeWarning, match="files could not be written"):
-        trainer = run(StabilityGap(loaders(), directory=str(blocked / "within"), task_steps=[3]))
-    assert trainer.global_step == 8

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from metrics.continual_events import EVENTS, SHARED, WINDOWS, assert_values, expected, feed, numbers
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
@@ -32,19 +33,9 @@ from lightning_stable.metrics import (
 )
 from lightning_stable.testing.harness import QUIET
 
-WINDOWS = (2, 10)
-EVENTS: list[Any] = [
-    (0, 0, {0: 0.1, 1: 0.2}),
-    (0, 10, {0: 0.9, 1: 0.3}),
-    "end",
-    (1, 10, {0: 0.9, 1: 0.3}),
-    (1, 12, {0: 1 / 3, 1: 0.5}),
-    (1, 20, {0: 0.87, 1: 0.7}),
-    "end",
-    (2, 20, {0: 0.87, 1: 0.7, 2: 0.1}),
-    (2, 30, {0: 0.5, 1: 0.8, 2: 0.6}),
-]
 LEVELS = (AverageAccuracy, MinAccuracy, WorstCaseAccuracy, LearningCurveArea)
+
+
 # Each with what it takes and the name of its value.
 SINGLE: list[tuple[type[Metric], dict[str, Any], str]] = [
     (AverageAccuracy, {}, "average_accuracy"),
@@ -60,46 +51,10 @@ SINGLE: list[tuple[type[Metric], dict[str, Any], str]] = [
     (WindowedPlasticity, {"window": 2}, "windowed_plasticity_2"),
     (WorstCaseAccuracy, {}, "worst_case_accuracy"),
 ]
-SHARED = {"windows": WINDOWS, "curve_steps": 2, "recovery_share": 0.5}
-
-
-def feed(metric, events=EVENTS):
-    """Give a metric these events."""
-    current = 0
-    for event in events:
-        if event == "end":
-            metric.end_task(current)
-        else:
-            current, step, scores = event
-            metric.update(scores, current_task=current, step=step)
-    return metric
 
 
 def fed(events=EVENTS, **settings):
     return feed(ContinualMetrics(**{**SHARED, **settings}), events)
-
-
-def expected(events=EVENTS, **settings):
-    """Return the values by the functions alone."""
-    state = functional.init_continual(**{**SHARED, **settings})
-    for event in events:
-        if event == "end":
-            functional.end_task(state, state.current)
-        else:
-            functional.update_continual(state, event[2], event[0], event[1])
-    return functional.compute_continual(state)
-
-
-def numbers(values):
-    return {name: float(value) for name, value in values.items()}
-
-
-def assert_values(found, wanted):
-    assert numbers(found) == pytest.approx(wanted, rel=1e-6, nan_ok=True)
-    assert list(found) == sorted(wanted)
-
-
-# ----------------------------------------------------------------------------- values
 
 
 def test_the_collection_says_what_the_functions_say_after_each_event():
@@ -177,9 +132,6 @@ def test_names_can_have_a_prefix_and_a_postfix():
     assert list(metrics.state_dict()) == ["average_accuracy.history"]
 
 
-# ----------------------------------------------------------------------------- one history
-
-
 def test_the_parts_share_one_history_that_is_taken_in_and_computed_once(monkeypatch):
     calls = {"update": 0, "compute": 0}
 
@@ -245,9 +197,6 @@ def test_a_copy_goes_on_by_itself(copied, make):
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in other.state_dict().items())
     assert all(torch.equal(value, before[name]) for name, value in metric.state_dict().items())
     assert str(other.compute()) == str(whole.compute())
-
-
-# ----------------------------------------------------------------------------- device, precision, checkpoint
 
 
 @pytest.mark.parametrize(
@@ -383,67 +332,6 @@ def test_a_module_that_holds_metrics_resumes_bit_by_bit(tmp_path, precision):
     assert resumed.said == whole.said[8:]
     found = resumed.state_dict()
     assert all(torch.equal(found[name], value) for name, value in whole.state_dict().items())
-
-
-# ----------------------------------------------------------------------------- two processes
-
-
-def sync_job(make: str, different: bool = False) -> dict[str, Any]:
-    """Feed a metric on each process and return what it says, then and after it went on."""
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-    metric = ContinualMetrics(**SHARED) if make == "collection" else WindowedForgetting(2)
-    if make == "collection":
-        metric.compute()  # before any update
-    feed(metric, EVENTS[:6])
-    if different and torch.distributed.get_rank() == 1:
-        metric.update({0: 0.123456789}, 1, 20)
-    try:
-        first = metric.compute()
-    except ValueError as error:
-        return {"error": str(error)}
-    metric.end_task(1)
-    feed(metric, EVENTS[7:])
-    last = metric.compute()
-    part = metric["forgetting"] if make == "collection" else metric
-    part.sync()
-    synced = (part._is_synced, part.history.clone())
-    part.unsync()
-    on_step = WindowedForgetting(2, dist_sync_on_step=True)
-    return {
-        "first": first,
-        "last": last,
-        "synced": synced,
-        "state": metric.state_dict(),
-        "on_step": [on_step(scores, task, step) for task, step, scores in (e for e in EVENTS if e != "end")],
-    }
-
-
-@pytest.mark.parametrize("make", ["collection", "single"])
-def test_two_processes_say_what_one_says(workers, make):
-    answers = workers.run("metrics.test_continual:sync_job", make=make)
-    for answer in answers:
-        if make == "collection":
-            assert_values(answer["first"], expected(EVENTS[:6]))
-            assert_values(answer["last"], expected())
-        else:
-            assert float(answer["last"]) == pytest.approx(expected()["windowed_forgetting_2"])
-        was_synced, history = answer["synced"]
-        assert was_synced
-        (state,) = answer["state"].values()
-        assert torch.equal(history, state)
-        assert torch.equal(state, next(iter(answers[0]["state"].values())))
-        assert float(answer["on_step"][-1]) == pytest.approx(expected()["windowed_forgetting_2"])
-
-
-@pytest.mark.parametrize("make", ["collection", "single"])
-def test_processes_with_different_scores_are_told(workers, make):
-    for answer in workers.run("metrics.test_continual:sync_job", make=make, different=True):
-        assert "the processes were given different scores" in answer["error"]
-        assert answer["error"].startswith("ContinualMetrics" if make == "collection" else "WindowedForgetting")
-
-
-# ----------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(

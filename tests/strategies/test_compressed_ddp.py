@@ -1,6 +1,5 @@
 """CompressedDDPStrategy in real gloo processes, against a NumPy twin."""
 
-import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -11,24 +10,24 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
 from oracles.compressed_ddp_twin import SIZES, Setting, initial_weights, random_batches, simulate
 from strategies.compressed_jobs import BATCHES, Net
+from strategies.compressed_settings import ALL, WITH_MEMORY
 from strategies.groups import Group
 from strategies.local_update_jobs import Batches
 
-from lightning_stable.functional.compression import ERRORS
 from lightning_stable.strategies import CompressedDDPStrategy
-from lightning_stable.strategies.hooks import compress_gradients
 from lightning_stable.testing.harness import QUIET, assert_same
 from lightning_stable.testing.workers import Pair
 
 STEPS = 8
+
+
 JOB = "strategies.compressed_jobs:train"
+
+
 # Each parameter in a bucket of its own.
 SMALL_BUCKETS = 1e-5
-WITH_MEMORY = [(compressor, error) for compressor in ("topk", "sign") for error in ERRORS]
-ALL = [*WITH_MEMORY, ("powersgd", "ef"), ("bf16", "")]
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +71,6 @@ def check(
     found = [{name: tensor.double() for name, tensor in weights.items()} for weights in answers[0]["weights"]]
     expected = [{name: torch.tensor(value) for name, value in weights.items()} for weights in twin]
     assert_same(found, expected, f"{setting.compressor} with {setting.error}", tolerance)
-
-
-# ------------------------------------------------------------------------------------------- against the twin
 
 
 @pytest.mark.parametrize(("compressor", "error"), ALL)
@@ -175,9 +171,6 @@ def test_a_layer_that_a_step_leaves_out_is_kept(compressor: str, error: str, wor
     check(workers.run(JOB, settings=how, steps=STEPS, without=steps), setting)
 
 
-# ------------------------------------------------------------------------------------------- several optimizers
-
-
 @pytest.mark.parametrize(("compressor", "error"), ALL)
 def test_two_optimizers_each_remember_their_own(compressor: str, error: str, workers: Pair) -> None:
     """Both losses reach all weights; what a pass finds for the other optimizer's weights is thrown away."""
@@ -192,9 +185,6 @@ def test_one_optimizer_at_a_time(compressor: str, error: str, workers: Pair) -> 
     setting = make(compressor, error, passes=(((0, 1), (0, 1)), ((2, 3), (2, 3))))
     how = settings(setting, find_unused_parameters=True)
     check(workers.run(JOB, settings=how, steps=STEPS, kind="toggled"), setting)
-
-
-# ------------------------------------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.parametrize(("compressor", "error"), ALL)
@@ -308,9 +298,6 @@ def test_a_second_fit_begins_anew(workers: Pair) -> None:
         assert_same(second, first, "the second fit of a strategy against its first")
 
 
-# ------------------------------------------------------------------------------------------- what is sent
-
-
 def test_what_is_sent_is_counted(workers: Pair) -> None:
     sizes = [value.size for value in initial_weights().values()]
     entries, tensors = sum(sizes), len(sizes)
@@ -333,109 +320,3 @@ def test_what_is_sent_is_counted(workers: Pair) -> None:
     rest = entries - 2 * 256 - 96
     answer, _ = workers.run(JOB, settings={"compressor": "powersgd", "rank": 2}, steps=3, dtype="float32")
     assert answer["bytes"] == 4 * (2 * entries + low + rest)
-
-
-# ------------------------------------------------------------------------------------------- one process, bad input
-
-
-def test_one_process_trains_as_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    weights = []
-    strategies: list[Any] = ["auto", CompressedDDPStrategy(compressor="topk", start_method="popen")]
-    for strategy in strategies:
-        torch.manual_seed(0)
-        module = BoringModel()
-        Trainer(**QUIET, devices=1, strategy=strategy, max_steps=4).fit(module)
-        weights.append(module.state_dict())
-    torch.distributed.destroy_process_group()
-    assert_same(weights[1], weights[0], "one process against plain training")
-    assert strategies[1].bytes_sent == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"compressor": "randomk"}, "compressor='randomk' is unknown"),
-        ({"error": "ef22"}, "error='ef22' is unknown"),
-        ({"error": "ef21"}, "not for compressor='powersgd', which has 'ef'"),
-        ({"bucket_cap": 4}, "no setting called bucket_cap. Check the spelling"),
-        ({"compressor": "bf16", "error": "ef"}, "error='ef' is not for compressor='bf16', which has none"),
-        ({"compressor": "powersgd", "error": "ef21"}, "not for compressor='powersgd', which has 'ef'"),
-        ({"ratio": 0.1}, "ratio=0.1 is for compressor='topk' only. Set that too"),
-        ({"ratio": 0.0}, r"ratio=0.0 is not in \(0, 1\]"),
-        ({"ratio": 1.1}, r"ratio=1.1 is not in \(0, 1\]"),
-        ({"ratio": True}, "ratio=True is not in"),
-        ({"ratio": "0.1"}, "ratio='0.1' is not in"),
-        ({"ratio": math.nan}, "ratio=nan is not in"),
-        ({"compressor": "sign", "ratio": 0.1}, "ratio=0.1 is for compressor='topk' only"),
-        ({"eta": 0.1}, "eta=0.1 is for error='econtrol' only"),
-        ({"compressor": "topk", "error": "econtrol", "eta": 2.0}, "eta=2.0 is not in"),
-        ({"compressor": "topk", "rank": 4}, "rank=4 is for compressor='powersgd' only, not 'topk'"),
-        ({"compressor": "powersgd", "rank": 0}, "rank=0 is not a whole number of columns from 1 on"),
-        ({"warmup_steps": -1}, "warmup_steps=-1 is not a whole number of steps from 0 on"),
-        ({"ddp_comm_hook": print}, "cannot take ddp_comm_hook"),
-        ({"model_averaging_period": 4}, "cannot take model_averaging_period"),
-        ({"compressor": "powersgd", "find_unused_parameters": True}, "does not work with find_unused_parameters=True"),
-    ],
-)
-def test_bad_settings(arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        CompressedDDPStrategy(**arguments)
-
-
-def test_defaults_are_those_of_the_compressor() -> None:
-    assert CompressedDDPStrategy().compressor == "powersgd"
-    found = {name: CompressedDDPStrategy(compressor=name) for name in ("topk", "sign", "powersgd", "bf16")}
-    assert [strategy.error for strategy in found.values()] == ["ef21", "ef21", "ef", None]
-    assert [strategy.ratio for strategy in found.values()] == [0.01, None, None, None]
-    assert [strategy.rank for strategy in found.values()] == [None, None, 4, None]
-
-
-@pytest.mark.parametrize(
-    ("compressor", "kind", "words"),
-    [
-        ("topk", "scaled", "does not work with precision='16-mixed'"),
-        ("bf16", "scaled", ""),
-        ("powersgd", "scalar", "cannot take the parameter 'scale' of shape ()"),
-        ("topk", "scalar", ""),
-        ("topk", "empty", ""),
-        ("sign", "empty", ""),
-        ("powersgd", "empty", "cannot take the parameter 'nothing' of shape (0,)"),
-        ("sign", "sparse", "cannot compress the sparse gradient of 'table.weight'"),
-    ],
-)
-def test_bad_company(compressor: str, kind: str, words: str, workers: Pair) -> None:
-    for text in workers.run("strategies.compressed_jobs:fit_special", compressor=compressor, kind=kind):
-        assert words in text if words else not text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"compressor": "randomk"}, "compressor='randomk' is unknown"),
-        ({"compressor": "topk", "error": "ef22"}, "error='ef22' is unknown"),
-        ({"compressor": "topk", "ratio": 0.0}, r"compress_gradients: ratio=0.0 is not in \(0, 1\]"),
-        ({"compressor": "topk", "ratio": 2}, r"compress_gradients: ratio=2 is not in \(0, 1\]"),
-        ({"compressor": "sign", "error": "econtrol", "eta": -1.0}, r"compress_gradients: eta=-1.0 is not in \(0, 1\]"),
-        ({"compressor": "powersgd", "rank": 0}, "rank=0 is not a whole number of columns from 1 on"),
-        ({"compressor": "bf16", "warmup_steps": -1}, "warmup_steps=-1 is not a whole number of passes from 0 on"),
-    ],
-)
-def test_bad_settings_of_the_hook_alone(arguments: dict[str, Any], words: str) -> None:
-    model: Any = None  # what is wrong is said before the model is looked at
-    with pytest.raises(ValueError, match=words):
-        compress_gradients(model, **arguments)
-
-
-def test_every_combination_was_meant() -> None:
-    """The pairs that this file tests are those that the constructor takes."""
-    allowed = []
-    for compressor, error in itertools.product(("topk", "sign", "powersgd", "bf16"), (*ERRORS, None)):
-        try:
-            CompressedDDPStrategy(compressor=compressor, error=error)
-        except ValueError:
-            continue
-        allowed.append((compressor, error or CompressedDDPStrategy(compressor=compressor).error or ""))
-    assert set(allowed) == set(ALL)

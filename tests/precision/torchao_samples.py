@@ -1,0 +1,6 @@
+"""What the tests of precision plugins on torchao share."""
+
+import pytest
+from precision.torchao_runs import PLUGINS
+
+each = pytest.mark.parametrize("name", PLUGINS)
