@@ -32,18 +32,19 @@ FOLDERS: dict[TemplateKind, str] = {"recipe": "recipes", "addon": "addons"}
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-GUIDES = ("doctor", "export_adapter", "extend", "recipes", "sweep", "task_stream")
+GUIDES = (
+    "doctor",
+    "export_adapter",
+    "extend",
+    "faq",
+    "finetune",
+    "migrate",
+    "recipes",
+    "start",
+    "sweep",
+    "task_stream",
+)
 """Pages about what is no method."""
-
-# Where the same is said in docstrings.
-_MODULE_OF = {
-    "doctor": "cli.doctor",
-    "export_adapter": "cli.export_adapter",
-    "extend": "registry",
-    "recipes": "cli.training",
-    "sweep": "cli.sweep",
-    "task_stream": "data.task_stream",
-}
 
 PICTURE_FORMATS = (".png", ".svg", ".pdf")
 """The suffixes that ``lightning-stable plot --output`` takes."""
@@ -150,9 +151,7 @@ def read_guide(name: str) -> str:
     """
     path = _folder("guides", "docs") / f"{name}.md"
     if not path.is_file():
-        raise CommandError(
-            f"The guide {name!r} is not installed. See: python -m pydoc lightning_stable.{_MODULE_OF[name]}"
-        )
+        raise CommandError(f"The guide {name!r} is not installed. Install the package anew.")
     return path.read_text(encoding="utf-8")
 
 

@@ -98,7 +98,7 @@ def test_show_prints_a_guide(capsys, monkeypatch, tmp_path):
     assert "'task_stream'" in capsys.readouterr().err
     monkeypatch.setattr(locate, "_PACKAGE", tmp_path / "package")
     assert main(["show", "task_stream"]) == 2
-    assert "python -m pydoc lightning_stable.data.task_stream" in capsys.readouterr().err
+    assert "The guide 'task_stream' is not installed" in capsys.readouterr().err
 
 
 def test_show_renders_on_a_terminal(capsys, monkeypatch):

@@ -237,12 +237,13 @@ def test_a_parameter_without_a_gradient_on_any_process_is_left_alone(workers):
 
 
 def test_the_freeze_may_be_a_share_of_the_run(workers):
-    assert workers.run(JOBS + "share_of_the_run", share=0.25, steps=9)[0] == [False] * 3 + [True] * 6
+    assert workers.run("strategies.one_bit_shares:share_of_the_run", share=0.25, steps=9)[0] == [False] * 3 + [True] * 6
 
 
 def test_a_share_is_of_each_optimizers_steps_where_the_host_counts_all(workers):
     # Twenty steps are ten of each optimizer.
-    assert workers.run(JOBS + "share_of_two_optimizers", share=0.2, max_steps=20)[0] == [False] * 2 + [True] * 8
+    told = workers.run("strategies.one_bit_shares:share_of_two_optimizers", share=0.2, max_steps=20)
+    assert told[0] == [False] * 2 + [True] * 8
 
 
 # ------------------------------------------------------------------------------------------- one process
