@@ -4,6 +4,7 @@ The value of an entry point of the group :data:`GROUP` is a row (:class:`~lightn
 sequence of rows. What is wrong with one is told on stderr, once, and stops nothing else.
 """
 
+import contextlib
 import functools
 import re
 import sys
@@ -13,13 +14,17 @@ from typing import Any, NamedTuple, get_args
 
 from lightning_stable.registry import METHODS, Kind, Method, load_class
 
-__all__ = ["GROUP", "Extension", "extensions", "load_classes"]
+__all__ = ["GROUP", "NAME", "Extension", "extensions", "load_classes"]
 
 GROUP = "lightning_stable.methods"
 """The group of entry points by which other distributions add methods."""
 
+NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+"""What the name of a method, or of an addon, looks like."""
+
 _OURS = "lightning-stable"
-_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+# What a stranger's module may raise at import. Ctrl-C still ends everything.
+_FAILURES = (Exception, SystemExit)
 
 
 class Extension(NamedTuple):
@@ -48,12 +53,14 @@ def extensions() -> tuple[Extension, ...]:
     points = [(_distribution(point), point) for point in entry_points(group=GROUP)]
     for distribution, point in sorted(points, key=lambda pair: (pair[0], pair[1].name)):
         try:
-            value = point.load()
+            # What it prints must not get into the output of a command, which may be JSON.
+            with contextlib.redirect_stdout(sys.stderr):
+                value = point.load()
             folder = Path(str(sys.modules[point.module].__file__)).resolve().parent
-        except Exception as error:  # whatever a stranger's module raises must not stop the rest
+            rows = _accept(value, distribution, point.value, taken)
+        except _FAILURES as error:
             _tell(f"the methods of {distribution} ({point.value}) cannot be loaded: {type(error).__name__}: {error}")
             continue
-        rows = _accept(value, distribution, point.value, taken)
         if rows:
             found.append(Extension(distribution, folder, rows))
     return tuple(found)
@@ -93,13 +100,30 @@ def _shape(row: Any) -> str:
     """Return in what a row is none, or nothing."""
     if not isinstance(row, Method):
         return f"expected a lightning_stable.registry.Method, got {row!r}."
-    if not _NAME.fullmatch(row.name):
+    problem = _types(row)
+    if problem:
+        return problem
+    if not NAME.fullmatch(row.name):
         return f"its name {row.name!r} has to be lower case letters, digits and underscores."
     if row.kind not in get_args(Kind):
         return f"{row.name!r} has the kind {row.kind!r}, which is none of {', '.join(get_args(Kind))}."
     parts = row.class_path.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         return f"{row.name!r} has the class_path {row.class_path!r}, which is not of the form package.module.Class."
+    return ""
+
+
+def _types(row: Method) -> str:
+    """Return which field of a row is not of its type, or nothing."""
+    for field, value in row._asdict().items():
+        if field in ("addons", "relatives"):
+            good = isinstance(value, tuple) and all(isinstance(name, str) and name.isidentifier() for name in value)
+            expected = "a tuple of names"
+        else:
+            good = isinstance(value, str) and len(value.splitlines()) <= 1
+            expected = "one line of text"
+        if not good:
+            return f"the {field} of {row.name!r} has to be {expected}, got {value!r}."
     return ""
 
 
@@ -120,10 +144,11 @@ def _names(method: Method) -> list[str]:
 @functools.cache
 def _load_foreign(method: Method, distribution: str) -> None:
     try:
-        load_class(method)
-    except Exception as error:  # see extensions()
+        with contextlib.redirect_stdout(sys.stderr):
+            load_class(method)
+    except _FAILURES as error:
         _tell(f"{method.class_path} of {distribution} cannot be imported: {type(error).__name__}: {error}")
 
 
 def _tell(problem: str) -> None:
-    sys.stderr.write(f"{_OURS}: warning: {problem}\n")
+    sys.stderr.write(f"{_OURS}: warning: {' '.join(problem.split())}\n")

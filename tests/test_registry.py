@@ -168,6 +168,7 @@ def test_a_single_row_and_a_list_of_rows_will_do(site):  # noqa: F811
 
 
 ROW = "from lightning_stable.registry import Method\nMETHODS = Method({})"
+LOUD_ROW = ROW.format("'loud_plugin', 'callback', 'loud_plugin.plugin.LoudPlugin', '', 'Of somebody else'")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +177,19 @@ ROW = "from lightning_stable.registry import Method\nMETHODS = Method({})"
         ("import not_installed_anywhere", ["broken_plugin.methods:METHODS", "not_installed_anywhere"]),
         ("1 / 0", ["ZeroDivisionError"]),
         ("OTHER = ()", ["METHODS"]),
+        ("import sys; sys.exit(3)", ["SystemExit: 3"]),
+        ("raise ValueError('two\\nlines')", ["two lines"]),
+        ("class Odd:\n    __repr__ = None\nMETHODS = Odd()", ["TypeError"]),
+        (ROW.format("5, 'callback', 'a.B', '', 'x'"), ["name of 5", "one line of text"]),
+        (ROW.format("'mine', ['callback'], 'a.B', '', 'x'"), ["kind of 'mine'", "['callback']"]),
+        (ROW.format("'mine', 'callback', None, '', 'x'"), ["class_path of 'mine'", "None"]),
+        (ROW.format("'mine', 'callback', 'a.B', None, 'x'"), ["paper of 'mine'", "None"]),
+        (ROW.format("'mine', 'callback', 'a.B', '', None"), ["summary of 'mine'", "None"]),
+        (ROW.format("'mine', 'callback', 'a.B', '', 'two\\nlines'"), ["summary of 'mine'", "one line"]),
+        (ROW.format("'mine', 'callback', 'a.B', '', 'x', None"), ["addons of 'mine'", "a tuple of names"]),
+        (ROW.format("'mine', 'callback', 'a.B', '', 'x', 'more'"), ["addons of 'mine'", "'more'"]),
+        (ROW.format("'mine', 'callback', 'a.B', '', 'x', ('../a',)"), ["addons of 'mine'", "../a"]),
+        (ROW.format("'mine', 'callback', 'a.B', '', 'x', (), ['C']"), ["relatives of 'mine'", "['C']"]),
         ("METHODS = 'ema'", ["'ema'", "registry.Method"]),
         (ROW.format("'Upper', 'callback', 'a.B', '', 'x'"), ["'Upper'", "lower case"]),
         (ROW.format("'mine', 'scheduler', 'a.B', '', 'x'"), ["'mine'", "'scheduler'", "callback, strategy"]),
@@ -196,6 +210,23 @@ def test_what_is_wrong_with_one_is_told_once_and_stops_nothing(rows, parts, site
     assert line.startswith("lightning-stable: warning: ")
     for part in ("broken-plugin 1.2", *parts):
         assert part in line
+
+
+def test_what_a_distribution_prints_at_import_stays_out_of_the_output(site, capsys):  # noqa: F811
+    folder = site.add("loud_plugin", rows="print('loud rows')\n" + LOUD_ROW)
+    (folder / "plugin.py").write_text("print('loud class')\nclass LoudPlugin: pass")
+    load_classes()
+    assert find_method("loud_plugin")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "loud rows\nloud class\n"
+
+
+def test_a_class_whose_module_exits_is_told_and_left_out(site, capsys):  # noqa: F811
+    folder = site.add("quitting_plugin")
+    (folder / "plugin.py").write_text("import sys; sys.exit(3)")
+    load_classes()
+    assert "quitting_plugin.plugin.QuittingPlugin of quitting-plugin 1.2 cannot be" in capsys.readouterr().err
 
 
 def test_two_distributions_with_one_name_are_both_named(site, capsys):  # noqa: F811

@@ -14,12 +14,18 @@ from typing import Any
 from lightning_stable.cli.locate import CommandError, find_project_template
 from lightning_stable.registry import nearest
 
-__all__ = ["answer", "check_answers", "questions", "write_project"]
+__all__ = ["answer", "check_answers", "check_folder", "questions", "reserved", "write_project"]
 
 
 def questions(template: str) -> dict[str, str | list[str]]:
     """Return the questions of a template, in their order, with the default or the choices; the first is the default."""
     return {name: value for name, value in _settings(template).items() if not name.startswith("_")}
+
+
+def reserved(template: str) -> dict[str, list[str]]:
+    """Return the names that a template's answers cannot have: ``packages``, and more by question."""
+    names: dict[str, list[str]] = _settings(template)["_reserved"]
+    return names
 
 
 def check_answers(template: str, answers: Mapping[str, str]) -> None:
@@ -85,6 +91,20 @@ def answer(template: str, given: Mapping[str, str], defaults: Mapping[str, str],
     return answers
 
 
+def check_folder(folder: Path, *, force: bool) -> None:
+    """Raise if a folder is there already and may not be written into, or cannot be.
+
+    Raises:
+        CommandError: If so.
+    """
+    try:
+        in_the_way = folder.exists() and not (force and folder.is_dir())
+    except OSError as error:  # such as a name that is too long
+        raise CommandError(f"The folder cannot be written: {error.strerror or error}. Give another one.") from error
+    if in_the_way:
+        raise CommandError(f"{folder} exists. Give another name or --output-dir, or --force to replace files in it.")
+
+
 def write_project(template: str, answers: Mapping[str, str], output: Path, *, force: bool) -> Path:
     """Write the files of a template, and return their folder.
 
@@ -100,8 +120,7 @@ def write_project(template: str, answers: Mapping[str, str], output: Path, *, fo
     from cookiecutter.generate import generate_context, generate_files
 
     folder = output / answers["project_name"]
-    if folder.exists() and not (force and folder.is_dir()):
-        raise CommandError(f"{folder} exists. Give another name or --output-dir, or --force to replace files in it.")
+    check_folder(folder, force=force)
     with tempfile.TemporaryDirectory() as scratch:
         # An installer compiles what it installs; that is no part of the template.
         source = Path(scratch, template)

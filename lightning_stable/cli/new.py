@@ -5,12 +5,14 @@ written before all answers are known to go together.
 """
 
 import argparse
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
-from lightning_stable.cli._new_names import check_identifier, package_name, project_name
-from lightning_stable.cli._new_template import answer, check_answers, write_project
+from lightning_stable.cli._new_names import check_names, package_name, project_name
+from lightning_stable.cli._new_template import answer, check_answers, check_folder, reserved, write_project
 from lightning_stable.cli.locate import CommandError, short_path
 from lightning_stable.registry import methods
 
@@ -71,13 +73,12 @@ def run(options: argparse.Namespace) -> int:
     given = {"project_name": project_name(options.name), **_given(options, template)}
     _check(template, given)
     output = Path(options.output_dir)
-    folder = output / given["project_name"]
-    if folder.exists() and not options.force:
-        raise CommandError(f"{folder} exists. Give another name or --output-dir, or --force to replace files in it.")
+    check_folder(output / given["project_name"], force=options.force)
     defaults = {"package_name": package_name(given["project_name"])}
     answers = answer(template, given, defaults, ask=not options.no_input)
     _check(template, answers)
-    _report(write_project(template, answers, output, force=options.force), options.plugin)
+    folder = write_project(template, answers, output, force=options.force)
+    _report(folder, answers["package_name"], options.plugin)
     return 0
 
 
@@ -101,12 +102,8 @@ def _given(options: argparse.Namespace, template: str) -> dict[str, str]:
 def _check(template: str, answers: dict[str, str]) -> None:
     """Raise if answers, some or all, cannot be or do not go together."""
     check_answers(template, answers)
-    for question in ("package_name", "method_name", "class_name"):
-        if question in answers:
-            check_identifier(question, answers[question])
+    check_names(answers, reserved(template))
     name, class_name = answers.get("method_name", ""), answers.get("class_name", "")
-    if name != name.lower():
-        raise CommandError(f"method_name {name!r} has to be lower case.")
     for method in methods() if name or class_name else ():
         if name in (method.name, *method.addons):
             raise CommandError(f"There is a method {name!r} already: {method.class_path}. Give another method_name.")
@@ -114,15 +111,21 @@ def _check(template: str, answers: dict[str, str]) -> None:
             raise CommandError(f"There is a class {class_name!r} already, of {method.name}. Give another class_name.")
 
 
-def _report(folder: Path, plugin: bool) -> None:
+def _report(folder: Path, package: str, plugin: bool) -> None:
     """Say what was written and what comes next."""
-    lines = [f"Written: {short_path(folder)}", "", f"  cd {short_path(folder)}"]
+    path = short_path(folder)
+    lines = [f"Written: {path} (package {package})", "", f"  cd {shlex.quote(path)}"]
     # Which Python `make` would find is a matter of the shell.
     found = shutil.which("python3")
     same = found is not None and Path(found).parent == Path(sys.executable).parent
-    python = "" if same else f" PYTHON={sys.executable}"
+    python = "" if same else f" PYTHON={_quote_for_make(sys.executable)}"
     if plugin:
         lines += [f"  make install{python}", f"  make test{python}", "  lightning-stable list"]
     else:
         lines += [f"  make test{python}", f"  make train{python}"]
     sys.stdout.write("\n".join([*lines, "", "README.md says more.", ""]))
+
+
+def _quote_for_make(path: str) -> str:
+    """Return a path for a variable of make: quoted for the shell that starts make, and for those that make starts."""
+    return shlex.quote(re.sub(r"([^\w@%+=:,./-])", r"\\\1", path).replace("$", "$$"))

@@ -1,18 +1,16 @@
 """``lightning-stable new``: what it asks, what it refuses, and what it writes for every answer to every question."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from cookiecutter.exceptions import FailedHookException
-from cookiecutter.main import cookiecutter
 
-from lightning_stable.cli._new_names import package_name, project_name
 from lightning_stable.cli._new_template import questions
-from lightning_stable.cli.locate import CommandError, find_project_template
+from lightning_stable.cli.locate import find_project_template
 from lightning_stable.cli.main import main
 
 PROJECT, PLUGIN = questions("scaffold"), questions("plugin")
@@ -88,6 +86,15 @@ def test_every_question_and_choice_is_put_in_words(template):
         (["demo", "--set", "project_name=other"], ["first argument", "'demo'"]),
         (["demo", "--set", "package_name=3d"], ["package_name '3d'", "no digit first"]),
         (["demo", "--set", "package_name=torch"], ["package_name 'torch'", "hide"]),
+        (["demo", "--set", "package_name=Numpy"], ["package_name 'Numpy'", "hide"]),
+        (["demo", "--set", "package_name=tests"], ["package_name 'tests'", "hide"]),
+        (["torch"], ["project_name 'torch'", "hide or replace"]),
+        (["sklearn"], ["project_name 'sklearn'", "hide or replace"]),
+        (["Scikit.Learn"], ["project_name 'Scikit.Learn'", "hide or replace"]),
+        (["lightning-stable", "--plugin"], ["project_name 'lightning-stable'", "hide or replace"]),
+        (["x" * 300], ["project_name xxxxxxxxxxxx...", "300 letters", "64"]),
+        (["demo", "--output-dir", "x" * 300], ["cannot be written", "too long"]),
+        (["demo", "--plugin", "--set", "method_name=" + "x" * 65], ["method_name", "65 letters"]),
         (["demo", "--peft", "pissa"], ["task=vision and peft=pissa", "fine-tune"]),
         (["demo", "--task", "tabular", "--peft", "svfit"], ["task=tabular and peft=svfit"]),
         (["demo", "--task", "causal_lm", "--sharpness", "saf"], ["task=causal_lm and sharpness=saf", "epochs"]),
@@ -102,6 +109,17 @@ def test_every_question_and_choice_is_put_in_words(template):
         (["demo", "--plugin", "--set", "class_name=SAM"], ["'SAM'", "of sam"]),
         (["demo", "--plugin", "--set", "method_name=Noise"], ["'Noise'", "lower case"]),
         (["demo", "--plugin", "--set", "method_name=class"], ["method_name 'class'"]),
+        (["demo", "--plugin", "--set", "method_name=methods"], ["method_name 'methods'", "files of a plugin"]),
+        (["demo", "--plugin", "--set", "method_name=contracts"], ["method_name 'contracts'", "files of a plugin"]),
+        (["demo", "--plugin", "--set", "method_name=rows"], ["method_name 'rows'", "files of a plugin"]),
+        (["demo", "--plugin", "--set", "method_name=__init__"], ["method_name '__init__'", "lower case"]),
+        (["demo", "--plugin", "--set", "method_name=a__b"], ["method_name 'a__b'", "single underscores"]),
+        (["demo", "--plugin", "--set", "method_name=_noise"], ["method_name '_noise'", "lower case"]),
+        (["demo", "--plugin", "--set", "class_name=Callback"], ["class_name 'Callback'", "files of a plugin"]),
+        (["demo", "--plugin", "--set", "class_name=Tensor"], ["class_name 'Tensor'", "files of a plugin"]),
+        (["demo", "--plugin", "--set", "class_name=ValueError"], ["class_name 'ValueError'", "files of a plugin"]),
+        (["demo", "--plugin", "--set", "class_name=noise"], ["class_name 'noise'", "capital"]),
+        (["demo", "--plugin", "--set", "class_name=TestNoise"], ["class_name 'TestNoise'", "Test"]),
         ([], ["NAME", "new --help"]),
     ],
     ids=" ".join,
@@ -138,10 +156,44 @@ def test_a_file_in_the_way_is_an_error_even_with_force(capsys):
 def test_it_goes_where_it_is_told_and_says_what_comes_next(capsys):
     new("demo", "--no-input", "--output-dir", "deep/down")
     out = capsys.readouterr().out
+    assert out.startswith("Written: deep/down/demo (package demo)\n")
     assert "  cd deep/down/demo\n  make test" in out
     assert Path("deep/down/demo/Makefile").is_file()
     new("other", "--plugin", "--no-input")
     assert "make install" in capsys.readouterr().out
+
+
+def test_the_output_names_what_the_name_became(capsys):
+    new("1 bad name!", "--no-input")
+    assert capsys.readouterr().out.startswith("Written: 1-bad-name (package project_1_bad_name)\n")
+
+
+def test_the_commands_that_come_next_work_where_paths_have_blanks(tmp_path, monkeypatch, capsys):
+    python = tmp_path / "my $HOME (x)" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "ran $*"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("lightning_stable.cli.new.sys.executable", str(python))
+    new("demo", "--no-input", "--output-dir", "down here")
+    cd, test = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")][:2]
+    assert shlex.split(cd) == ["cd", "down here/demo"]
+    done = subprocess.run(["/bin/sh", "-c", f"{cd} && {test}"], capture_output=True, text=True, check=False)
+    assert "ran -m pytest" in done.stdout, done.stderr
+
+
+def test_the_makefile_of_a_plugin_says_what_is_missing(tmp_path):
+    new("demo", "--plugin", "--no-input")
+    fake = tmp_path / "modules"
+    fake.mkdir()
+    (fake / "setuptools.py").write_text("__version__ = '65.5.0'")
+    (fake / "lightning_stable.py").write_text("")  # no package: its commands cannot be imported
+    for target, part in (("install", "pip install -U 'setuptools>=77'"), ("list", "lightning_stable")):
+        command = ["make", target, f"PYTHON=PYTHONPATH={fake} {sys.executable}"]
+        done = subprocess.run(command, cwd="demo", capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert part in done.stderr
+        assert "Nothing yet" not in done.stdout + done.stderr
+        assert "Successfully" not in done.stdout
 
 
 def test_nothing_is_written_into_the_home_folder(tmp_path, monkeypatch):
@@ -210,38 +262,6 @@ def test_a_plugin_asks_for_its_names(monkeypatch):
     new("my-plugin", "--plugin")
     assert "LabelNoise" in asked[2]
     assert Path("my-plugin/my_plugin/label_noise.py").is_file()
-
-
-# ----------------------------------------------------------------------------- names
-
-
-@pytest.mark.parametrize(
-    ("given", "project", "package"),
-    [
-        ("demo", "demo", "demo"),
-        ("my-project", "my-project", "my_project"),
-        ("My_Project.2", "My_Project.2", "my_project_2"),
-        ("My Project!", "My-Project", "my_project"),
-        ("Größe é", "Groe-e", "groe_e"),
-        ("3d-net", "3d-net", "project_3d_net"),
-        ("class", "class", "class_project"),
-        ("tests", "tests", "tests_project"),
-        ("json", "json", "json_project"),
-        ("torch", "torch", "torch_project"),
-        ("--x--", "x", "x"),
-    ],
-)
-def test_any_name_becomes_a_folder_and_a_package(given, project, package):
-    assert project_name(given) == project
-    assert package_name(project) == package
-    assert package.isidentifier()
-
-
-@pytest.mark.parametrize("given", ["", "...", "日本", "a/b", "a\\b"])
-def test_a_name_that_cannot_be_is_an_error_that_names_it(given):
-    with pytest.raises(CommandError, match="name") as caught:
-        project_name(given)
-    assert repr(given) in str(caught.value)
 
 
 # ----------------------------------------------------------------------------- what is written
@@ -315,37 +335,3 @@ def test_what_is_written_is_clean_for_ruff():
             [sys.executable, "-m", "ruff", *arguments, "--no-cache", "."], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.parametrize("template", ["scaffold", "plugin"])
-def test_cookiecutter_itself_writes_the_same(template, tmp_path, monkeypatch):
-    monkeypatch.setenv("COOKIECUTTER_CONFIG", str(own_settings(tmp_path)))
-    source = find_project_template(template)
-    cookiecutter(str(source), no_input=True, output_dir="plain", extra_context={"project_name": "demo"})
-    new("demo", "--no-input", *(["--plugin"] if template == "plugin" else []))
-    assert files("plain/demo") == files("demo")
-
-
-@pytest.mark.parametrize(
-    ("template", "given", "part"),
-    [
-        ("scaffold", {"peft": "eva"}, "peft=eva and task=vision do not go together"),
-        ("scaffold", {"project_name": "a b"}, "project_name 'a b'"),
-        ("scaffold", {"project_name": "3d"}, "package_name '3d'"),
-        ("plugin", {"class_name": "json"}, "class_name 'json'"),
-    ],
-    ids=str,
-)
-def test_cookiecutter_itself_refuses_the_same(template, given, part, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("COOKIECUTTER_CONFIG", str(own_settings(tmp_path)))
-    with pytest.raises(FailedHookException):
-        cookiecutter(str(find_project_template(template)), no_input=True, output_dir="plain", extra_context=given)
-    assert part in capfd.readouterr().err
-    assert not files("plain")
-
-
-def own_settings(tmp_path):
-    """Settings that keep cookiecutter out of the home folder."""
-    path = tmp_path / "settings.yaml"
-    path.write_text(f"cookiecutters_dir: {tmp_path / 'cache'}\nreplay_dir: {tmp_path / 'replay'}\n")
-    return path

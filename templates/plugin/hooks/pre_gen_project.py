@@ -1,5 +1,6 @@
 """Refuses bad names before anything is written. Needs Python alone."""
 
+import builtins
 import json
 import keyword
 import re
@@ -11,15 +12,49 @@ ANSWERS = json.loads(r'''{{ cookiecutter | tojson }}''')
 
 def main() -> None:
     """End with exit code 1 and one line if something cannot be."""
-    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", ANSWERS["project_name"]):
+    check_names()
+    check_method()
+
+
+def check_names() -> None:
+    """Refuse names of the project and its package that cannot be, or that others have."""
+    project, package = ANSWERS["project_name"], ANSWERS["package_name"]
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", project):
         sys.exit(
-            f"project_name {ANSWERS['project_name']!r} has to be letters, digits, '-', '_' and '.', with a letter or a "
-            "digit at both ends."
+            f"project_name {project!r} has to be letters, digits, '-', '_' and '.', with a letter or a digit at both "
+            "ends."
         )
-    for question in ("package_name", "method_name", "class_name"):
-        name = ANSWERS[question]
-        if not name.isidentifier() or keyword.iskeyword(name) or name in (*sys.stdlib_module_names, "tests"):
-            sys.exit(f"{question} {name!r} is no name for Python code, or one that is taken. Choose another.")
+    for question, name in (("project_name", project), ("package_name", package)):
+        if len(name) > 64:
+            sys.exit(f"{question} has {len(name)} letters. At most 64 will do.")
+        if re.sub(r"[-_.]+", "_", name).lower() in ANSWERS["_reserved"]["packages"]:
+            sys.exit(f"{question} {name!r} is that of a package that the project itself needs. Choose another.")
+    check_identifier("package_name")
+    if package.lower() in ("configs", "runs", "tests"):
+        sys.exit(f"package_name {package!r} is that of another folder of the project. Choose another.")
+
+
+def check_method() -> None:
+    """Refuse names of the method and its class that lightning-stable, or a file of the template, would not take."""
+    for question in ("method_name", "class_name"):
+        check_identifier(question)
+        if len(ANSWERS[question]) > 64:
+            sys.exit(f"{question} has {len(ANSWERS[question])} letters. At most 64 will do.")
+        builtin = dir(builtins) if question == "class_name" else []
+        if ANSWERS[question] in (*ANSWERS["_reserved"][question], *builtin):
+            sys.exit(f"{question} {ANSWERS[question]!r} is taken by the files of a plugin. Choose another.")
+    method, class_name = ANSWERS["method_name"], ANSWERS["class_name"]
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", method):
+        sys.exit(f"method_name {method!r} has to be lower case: letters and digits, with single underscores between.")
+    if not re.fullmatch(r"(?!Test)[A-Z][A-Za-z0-9_]*", class_name):
+        sys.exit(f"class_name {class_name!r} has to begin with a capital letter, and not with Test.")
+
+
+def check_identifier(question: str) -> None:
+    """Refuse a name that cannot stand in Python code."""
+    name = ANSWERS[question]
+    if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name) or name in sys.stdlib_module_names:
+        sys.exit(f"{question} {name!r} is no name for Python code, or one that is taken. Choose another.")
 
 
 main()

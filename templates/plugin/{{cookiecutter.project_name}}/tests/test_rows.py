@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from lightning_stable.registry import Method, addons_of, load_class
 
+import {{ cookiecutter.package_name }}
 from {{ cookiecutter.package_name }}.methods import METHODS
 
-PACKAGE = Path(__file__).parents[1] / "{{ cookiecutter.package_name }}"
+# The one that Python imports: of this folder, or installed.
+PACKAGE = Path({{ cookiecutter.package_name }}.__file__).parent
 
 
 def test_reading_the_rows_imports_no_torch():
