@@ -12,7 +12,7 @@ help:
 	@echo "make docs         build the HTML documentation into docs/_build/html"
 	@echo "make linkcheck    look whether the links out of it are still good; needs a network"
 	@echo "make bench-NAME   run benchmarks/NAME.py (wsd, ema, balanced_ema, sharpness_cost, sharpness_effect,"
-	@echo "                  gradient_stabilisers, gradient_overhead, stability_gap, evaluation_cost, co2_overlap,"
+	@echo "                  gradient_stabilisers, gradient_overhead, stability_report, stability_gap, evaluation_cost, co2_overlap,"
 	@echo "                  co2_quality, time_to_loss, co2_memory, compression, robustness,"
 	@echo "                  simulation_cost, lowbit_stability, float8_gpu, peft_init_cost,"
 	@echo "                  peft_convergence, import_time)"

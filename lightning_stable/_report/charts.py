@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 from lightning_stable._report.draw import COLORS, Chart, Line, Panel
 from lightning_stable._report.facts import gradient_spikes, training_loss, validation_names
-from lightning_stable._report.run import LIVE, Points, Run, finite, median
+from lightning_stable._report.run import LIVE, Points, Run, finite
 
 __all__ = [
     "STABILISERS",
     "gradient_charts",
+    "is_smoothed",
     "loss_chart",
     "other_charts",
     "phase_spans",
@@ -22,6 +23,7 @@ __all__ = [
 _PHASES = {0: "warmup", 1: "stable", 2: "decay"}
 _FEW = 60
 """Points up to which each has a mark."""
+_WITHIN_REACH = 256
 _MOST_OTHERS = 12
 _MARKED = "Triangles are spikes; those at the upper edge are beyond it."
 _NORMS = {
@@ -211,18 +213,35 @@ def phase_spans(run: Run) -> list[tuple[float, float, str]]:
 
 
 def smoothed(points: Points) -> Points:
-    """Return the running median over a fortieth of the run to each side; of few points the points."""
+    """Return the running median over a fortieth of the run to each side; of few points the points.
+
+    A median is that of all values within reach, up to some hundreds: of more, every second, third and so on.
+    """
     values = finite(points)
     reach = len(values) // 40
     if reach == 0:
         return values
-    stride = max(1, len(values) // 2000)
+    import numpy as np
+
+    numbers = np.array([value for _, value in values])
+    stride, apart = max(1, len(values) // 2000), max(1, reach // _WITHIN_REACH)
     chosen = range(0, len(values), stride)
-    return [(values[i][0], median([v for _, v in values[max(0, i - reach) : i + reach + 1]])) for i in chosen]
+    # At both ends of a run the windows are shorter.
+    inner = [place for place in chosen if reach <= place < len(values) - reach]
+    windows = np.lib.stride_tricks.sliding_window_view(numbers, 2 * reach + 1)[:, ::apart]
+    medians = dict(zip(inner, np.median(windows[[i - reach for i in inner]], axis=1).tolist(), strict=True))
+    ends = (place for place in chosen if place not in medians)
+    medians |= {i: float(np.median(numbers[max(0, i - reach) : i + reach + 1])) for i in ends}
+    return [(values[place][0], medians[place]) for place in chosen]
+
+
+def is_smoothed(points: Points) -> bool:
+    """Tell whether there are enough points for a running median."""
+    return len(finite(points)) >= 40
 
 
 def _smooth_label(points: Points) -> str:
-    return "training, running median" if len(points) >= 40 else "training"
+    return "training, running median" if is_smoothed(points) else "training"
 
 
 def _validation_line(run: Run, name: str) -> Line:

@@ -200,8 +200,11 @@ def _drawn(chart: Chart | HeatMap, *, wide: bool) -> Any:
 
 
 def _draw_panel(axis: Any, panel: Panel, *, wide: bool) -> None:
+    shaded: set[str] = set()
     for first, last, phase in panel.spans:
-        axis.axvspan(first, last, color=PHASES[phase], zorder=0, linewidth=0)
+        label = None if phase in shaded else phase
+        axis.axvspan(first, last, color=PHASES[phase], zorder=0, linewidth=0, label=label)
+        shaded.add(phase)
     for place, line in enumerate(panel.lines):
         # Not clipped where a panel ends: a line along its edge keeps its width.
         _draw_line(axis, line, place)

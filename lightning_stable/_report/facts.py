@@ -103,6 +103,13 @@ def loss_names(run: Run) -> list[str]:
 
 def training_loss(run: Run) -> Loss | None:
     """Return the training loss with its spikes, ``None`` if none was logged."""
+    if "loss" not in run.cache:  # the page asks several times
+        run.cache["loss"] = _training_loss(run)
+    found: Loss | None = run.cache["loss"]
+    return found
+
+
+def _training_loss(run: Run) -> Loss | None:
     names = loss_names(run)
     if not names:
         return None

@@ -1,6 +1,8 @@
 """Writes the page: one HTML file with everything in it, of one run or of several beside each other."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +12,10 @@ import yaml
 import lightning_stable
 from lightning_stable._report.charts import (
     gradient_charts,
+    is_smoothed,
     loss_chart,
     other_charts,
     rate_chart,
-    smoothed,
     speed_chart,
     stabiliser_charts,
     validation_charts,
@@ -51,10 +53,12 @@ class Written(NamedTuple):
     Attributes:
         page: The file.
         without_pictures: Why the page has no pictures; empty if it has.
+        notes: Which pictures could not be drawn.
     """
 
     page: Path
     without_pictures: str
+    notes: tuple[str, ...] = ()
 
 
 class Table(NamedTuple):
@@ -92,7 +96,7 @@ def write_page(runs: Sequence[Run], path: Path) -> Written:
     from jinja2 import Environment, FileSystemLoader
 
     sections = _sections(runs)
-    pictures, why = _pictures(sections)
+    pictures, why, failed = _pictures(sections)
     jinja = Environment(loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = jinja.get_template("page.html.jinja").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
@@ -103,12 +107,12 @@ def write_page(runs: Sequence[Run], path: Path) -> Written:
         sections=sections,
         pictures=pictures,
         chart_id=id,
-        missing=why,
+        missing=[*([f"This page has no pictures. {why}"] if why else []), *failed, *_not_recorded(runs)],
         style=(_HERE / "page.css").read_text(encoding="utf-8"),
         version=lightning_stable.__version__,
     )
     write_atomically(path, text)
-    return Written(path, why)
+    return Written(path, why, tuple(failed))
 
 
 def write_pictures(runs: Sequence[Run], page: Path) -> list[Path]:
@@ -124,23 +128,44 @@ def write_pictures(runs: Sequence[Run], page: Path) -> list[Path]:
         for chart in section.charts:
             path = folder / f"{chart.name}.png"
             # Names of values may differ only in what no file name has.
-            written.append(path if path not in written else folder / f"{chart.name}_{len(written)}.png")
-            save_png(chart, written[-1])
+            path = path if path not in written else folder / f"{chart.name}_{len(written)}.png"
+            with _drawing(chart) as failed:
+                save_png(chart, path)
+            if not failed:
+                written.append(path)
     return written
 
 
-def _pictures(sections: Sequence[Section]) -> tuple[dict[int, dict[str, str]], str]:
-    """Return the pictures by the chart's identity, those that fill the page in two widths; and why there are none."""
+@contextmanager
+def _drawing(chart: Picture) -> Iterator[list[str]]:
+    """Draw a picture: one that fails, as of numbers that are too large for it, becomes a note."""
+    failed: list[str] = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a value that overflows; the page is made without anybody beside it
+            yield failed
+    except (ModuleNotFoundError, OSError):
+        raise
+    except Exception as error:
+        failed.append(f"The picture {chart.title!r} could not be drawn: {type(error).__name__}: {error}")
+
+
+def _pictures(sections: Sequence[Section]) -> tuple[dict[int, dict[str, str]], str, list[str]]:
+    """Return the pictures by the chart's identity, the wide ones in two widths; why there are none; and notes."""
     found: dict[int, dict[str, str]] = {}
+    notes: list[str] = []
     charts = [chart for section in sections for chart in section.charts]
     try:
         for place, chart in enumerate(charts):
-            found[id(chart)] = {"narrow": as_svg(chart, f"p{place}n", wide=False)}
-            if chart.wide:
-                found[id(chart)]["wide"] = as_svg(chart, f"p{place}w", wide=True)
+            with _drawing(chart) as failed:
+                drawn = {"narrow": as_svg(chart, f"p{place}n", wide=False)}
+                if chart.wide:
+                    drawn["wide"] = as_svg(chart, f"p{place}w", wide=True)
+                found[id(chart)] = drawn
+            notes += failed
     except ModuleNotFoundError as error:
-        return {}, str(error)
-    return found, ""
+        return {}, str(error), []
+    return found, "", notes
 
 
 def _sections(runs: Sequence[Run]) -> list[Section]:
@@ -175,7 +200,34 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
         Section("environment", "Versions and hardware", [], **_per_run(runs, environment)),
         Section("reading", "How to read this page", [], texts=_explanations(runs)),
     ]
+    for section in sections:
+        for chart in section.charts:
+            # One picture alone would stand beside an empty half.
+            chart.wide = chart.wide or len(section.charts) == 1
+            if len(runs) > 1 and isinstance(chart, Chart):
+                chart.text = " ".join([*_some(chart.text), *_some(_whose(chart, runs))])
     return [section for section in sections if section.filled]
+
+
+def _whose(chart: Chart, runs: Sequence[Run]) -> str:
+    """Say which of several runs a picture is of, where it is not of all."""
+    names = {line.label for panel in chart.panels for line in panel.lines}
+    have = [run.name for run in runs if run.name in names]
+    if len(have) == len(runs):
+        return ""
+    return f"Of {', '.join(have)} alone."
+
+
+def _not_recorded(runs: Sequence[Run]) -> list[str]:
+    """Say what no logger writes, of the runs without the callback that does."""
+    names = [run.name for run in runs if run.series and not run.record]
+    if not names:
+        return []
+    whose = ", ".join(names) if len(runs) > 1 else "this run"
+    return [
+        f"Of {whose}, versions, hardware, time and speed are not known: the callback StabilityReport records them "
+        "(lightning-stable fit ... --config addon:stability_report)."
+    ]
 
 
 def _numerics_charts(runs: Sequence[Run]) -> list[Picture]:
@@ -203,7 +255,8 @@ def _per_run(runs: Sequence[Run], facts: Any) -> dict[str, Any]:
     names = list(dict.fromkeys(name for each in found for name in each))
     if not names:
         return {}
-    rows = [[name, *(each.get(name, "-") for each in found)] for name in names]
+    # A run of which nothing is known has no callback that would say it.
+    rows = [[name, *(each.get(name, "-" if each else "not known") for each in found)] for name in names]
     return {"tables": [Table(["", *(run.name for run in runs)], rows)]}
 
 
@@ -235,12 +288,13 @@ def _verdict(facts: Facts) -> str:
 def _figures(runs: Sequence[Run]) -> Table:
     """Return the final figures of several runs."""
     all_facts = [facts_of(run) for run in runs]
-    names = list(dict.fromkeys(name for facts in all_facts for name, _, _ in facts.validated))[:6]
+    validated = dict.fromkeys(name for facts in all_facts for name, _, _ in facts.validated)
+    names = [name for name in validated if not name.endswith(LIVE)][:5]
     head = ["run", "steps", "epochs", "time", "training loss", "lowest", *names, "loss spikes", "diverged"]
     rows = []
     for run, facts in zip(runs, all_facts, strict=True):
-        validated = {name: last for name, last, _ in facts.validated}
-        numbers = [facts.loss, facts.best_loss, *(validated.get(name) for name in names)]
+        ends = {name: last for name, last, _ in facts.validated}
+        numbers = [facts.loss, facts.best_loss, *(ends.get(name) for name in names)]
         cells = ["-" if number is None else f"{number:.4g}" for number in numbers]
         counts = ["-" if count is None else f"{count:,}" for count in (facts.steps, facts.epochs)]
         spikes = "-" if facts.spikes is None else str(facts.spikes)
@@ -319,7 +373,7 @@ def _explanations(runs: Sequence[Run]) -> list[str]:
     if losses:
         rules = dict.fromkeys(rule_in_words(rule_of(run)) for run in runs)
         texts += rules
-        if any(loss.points != smoothed(loss.points) for loss in losses):
+        if any(is_smoothed(loss.points) for loss in losses):
             texts.append("The bold line of a loss is its running median over a fortieth of the run to each side.")
         texts.append(
             "A run counts as diverged if its loss ends, by the median of its last twentieth, above the lowest such "

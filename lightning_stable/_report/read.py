@@ -1,13 +1,13 @@
 """Finds runs and reads their files into one model: what a logger wrote, and what callbacks of this library wrote."""
 
 import csv
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lightning_stable._report.checked import leaves, step
 from lightning_stable._report.read_events import read_events
 from lightning_stable._report.read_json import read_gap, read_numerics, read_record, read_sweep
 from lightning_stable._report.run import Points, Run, append
@@ -24,10 +24,22 @@ LOOKED_FOR = (
 )
 """Files of which one makes a folder that of a run."""
 
+# Entries that merging others may give a mapping: each line of aliases can double them.
+_MOST_MERGED = 20_000
 # How many folders below the given one a run may lie.
 _DEEPEST = 4
 
-Damaged = (OSError, ValueError, csv.Error, yaml.YAMLError, KeyError, TypeError, AttributeError)
+Damaged = (
+    OSError,
+    ValueError,
+    csv.Error,
+    yaml.YAMLError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 """What a reader raises at a file that is not what its name says."""
 
 
@@ -86,15 +98,31 @@ def read_csv(path: Path) -> dict[str, Points]:
     """
     series: dict[str, Points] = {}
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        for row in csv.DictReader(file):
-            step = _number(row.get("step"))
-            if step is None or not math.isfinite(step):
+        rows = csv.reader(file)
+        names = next(rows, [])
+        if "step" not in names:
+            return {}
+        at, columns = (
+            names.index("step"),
+            [(place, name) for place, name in enumerate(names) if name not in ("", "step")],
+        )
+        for row in rows:
+            done = _step(row[at] if at < len(row) else "")
+            if done is None:
                 continue
-            for name, cell in row.items():
-                value = _number(cell) if name and name != "step" else None
+            for place, name in columns:
+                value = _number(row[place]) if place < len(row) and row[place] else None
                 if value is not None:
-                    append(series.setdefault(name, []), int(step) + 1, value)
+                    append(series.setdefault(name, []), done, value)
     return series
+
+
+def _step(cell: str) -> int | None:
+    """Return the steps done, of the host's count; ``None`` if there is none."""
+    try:
+        return step(float(cell)) + 1
+    except (ValueError, OverflowError):
+        return None
 
 
 def _take_csv(path: Path, run: Run) -> None:
@@ -124,11 +152,17 @@ def _mapping(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(found, dict):
         raise TypeError(f"it holds {type(found).__name__}, not a mapping")
+    leaves(found)
     return {str(key): value for key, value in found.items()}
 
 
 class _Plain(yaml.SafeLoader):
     """Builds plain values only; what has a tag of its own becomes that tag's name."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_MERGED:
+            raise ValueError(f"a mapping in it merges {len(node.value)} others, and {_MOST_MERGED} are read")
 
 
 def _named(_loader: _Plain, suffix: str, _node: yaml.Node) -> str:
@@ -141,7 +175,7 @@ _Plain.add_multi_constructor("", _named)
 def _number(cell: Any) -> float | None:
     """Return a cell's number, ``None`` if it has none."""
     try:
-        return float(cell or "")
+        return float(cell)
     except (TypeError, ValueError):
         return None
 

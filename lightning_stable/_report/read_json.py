@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lightning_stable._report.checked import checked_record, number, numbers_in, share, step
 from lightning_stable._report.run import Points, Run, append
 
 __all__ = ["FILE_NAME", "FORMAT", "read_gap", "read_numerics", "read_record", "read_sweep"]
@@ -15,63 +16,81 @@ FORMAT = 1
 
 def read_record(path: Path, run: Run) -> None:
     """Take what StabilityReport wrote."""
-    record = _object(path, FORMAT)
+    record, damaged = checked_record(_object(path, FORMAT))
     rows = record["series"]
     columns = {name: rows[name] for name in ("step", "optimizer", "loss", "gradient_norm", "seconds", "lr")}
+    # What is not finite is null and known, what nobody knows is null, too.
+    columns |= {name: rows.get(name, [True] * len(rows["step"])) for name in ("loss_known", "gradient_norm_known")}
     if len({len(column) for column in columns.values()}) != 1:
         raise ValueError("its columns differ in length")
     series: dict[str, Points] = {}
-    for step, optimizer, loss, norm, seconds, rates in zip(*columns.values(), strict=True):
+    for at, optimizer, loss, norm, seconds, rates, *known in zip(*columns.values(), strict=True):
         end = f"/{optimizer}" if optimizer else ""
-        values = {"stability_report/loss": loss, "stability_report/gradient_norm": norm}
+        both = zip(("stability_report/loss", "stability_report/gradient_norm"), (loss, norm), known, strict=True)
+        values = {name: value for name, value, told in both if told}
         values |= {f"stability_report/lr{f'-{place}' if place else ''}": rate for place, rate in enumerate(rates)}
         for name, value in values.items():
-            append(series.setdefault(name + end, []), int(step), _value(value))
+            append(series.setdefault(name + end, []), step(at), number(value))
         if not optimizer and seconds is not None:
-            append(series.setdefault("seconds", []), int(step), float(seconds))
+            append(series.setdefault("seconds", []), step(at), number(seconds))
     run.series.update({name: points for name, points in series.items() if any(not math.isnan(v) for _, v in points)})
     for name, points in record["metrics"].items():
-        run.series.setdefault(name, [(int(step), _value(value)) for step, value in points])
+        run.series.setdefault(name, [(step(at), number(value)) for at, value in points])
     run.record, run.seconds = record, record.get("seconds")
+    if damaged:
+        run.notes.append(f"{path.name}: what it has under {', '.join(damaged)} is damaged and left out.")
+    if unknown := record.get("unknown", {}).get("loss"):
+        run.notes.append(
+            f"The loss of {unknown:,} steps is not known: training_step returned none, or manual optimisation went by "
+            "loss.backward() in place of self.manual_backward(loss)."
+        )
 
 
 def read_gap(path: Path, run: Run) -> None:
     """Take what StabilityGap wrote."""
     gap = _object(path, 1)
-    names = {task["task"]: task["name"] or f"task {task['task']}" for task in gap["tasks"]}
+    names = {step(task["task"]): str(task["name"] or f"task {task['task']}") for task in gap["tasks"]}
     curves: dict[str, dict[int, Points]] = {}
     for weights, entries in gap["series"].items():
         for entry in entries:
             points = zip(entry["steps"], entry["scores"], strict=True)
-            curves.setdefault(weights, {})[entry["task"]] = [(int(step), _value(score)) for step, score in points]
+            curves.setdefault(weights, {})[step(entry["task"])] = [(step(at), number(score)) for at, score in points]
     run.gap = {
         "score": str(gap["score"]),
         "higher_is_better": bool(gap["higher_is_better"]),
         "names": names,
         "curves": curves,
-        "switches": [(int(switch["step"]), int(switch["task"])) for switch in gap["switches"]],
-        "summary": {weights: [dict(row) for row in rows] for weights, rows in gap["summary"].items()},
+        "switches": [(step(switch["step"]), step(switch["task"])) for switch in gap["switches"]],
+        "summary": {
+            weights: [{**row, "task": step(row["task"])} for row in rows] for weights, rows in gap["summary"].items()
+        },
     }
 
 
 def read_numerics(path: Path, run: Run) -> None:
     """Take what NumericsMonitor wrote, line by line; the last one may be cut."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines, damaged = path.read_text(encoding="utf-8").splitlines(), 0
+    for place, line in enumerate(lines):
         try:
-            report = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(report, dict) and isinstance(report.get("layers"), dict) and isinstance(report.get("step"), int):
-            run.numerics.append(report)
+            run.numerics.append(_numerics(json.loads(line)))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+            damaged += place < len(lines) - 1
     if not run.numerics:
         run.notes.append(f"{path.name} holds no report.")
+    elif damaged:
+        run.notes.append(f"{path.name}: {damaged} of its {len(lines)} lines are damaged and left out.")
 
 
 def read_sweep(path: Path, run: Run) -> None:
     """Take what a sweep wrote."""
     sweep = _object(path, None)
     cells = [
-        {name: cell.get(name) for name in ("precision", "lr", "share", "ended", "failed", "median")}
+        {
+            "precision": cell.get("precision"),
+            "lr": cell.get("lr"),
+            **{name: share(cell.get(name)) for name in ("share", "median")},
+            **{name: step(cell.get(name) or 0) for name in ("ended", "failed")},
+        }
         for cell in sweep["cells"]
     ]
     run.sweep = {"cells": cells, "runs": [dict(entry) for entry in sweep["runs"]]}
@@ -87,6 +106,12 @@ def _object(path: Path, known: int | None) -> dict[str, Any]:
     return found
 
 
-def _value(value: Any) -> float:
-    """Return a number; null stands for what is none."""
-    return math.nan if value is None else float(value)
+def _numerics(report: Any) -> dict[str, Any]:
+    """Return a report of NumericsMonitor, whose shares are numbers."""
+    layers = {
+        str(layer): {
+            str(operand): numbers_in(entry, "underflow", "saturation", "sqnr") for operand, entry in operands.items()
+        }
+        for layer, operands in report["layers"].items()
+    }
+    return {"step": step(report["step"]), "layers": layers}

@@ -34,6 +34,7 @@ class Run:
         seconds: How long it took, ``None`` if no file says so.
         sources: The files that were read.
         notes: What a reader of the page should know of them.
+        cache: What was computed of it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Run:
     seconds: float | None = None
     sources: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def of(self, name: str) -> Points:
         """Return a series, empty if there is none of the name."""

@@ -1,5 +1,6 @@
 """What runs were started with, and on: configs as lines, in what they differ, adapters, versions and hardware."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ __all__ = ["adapter_facts", "differences", "environment", "flat_settings"]
 
 _PEFT = "lightning_stable.peft."
 _SHOWN = ("init", "init_batches", "save", "trainable", "merge_on_end")
+_ENTRY = re.compile(r".*?\[[^]]+\]")  # a callback, or another class in a list
 _CONFIG = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern")
 
 
@@ -24,7 +26,25 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     flats = [flat_settings(run.settings) for run in runs]
     names = dict.fromkeys(name for flat in flats for name in flat)
     rows = [(name, [flat.get(name, "-") for flat in flats]) for name in names]
-    return [(name, values) for name, values in rows if len(set(values)) > 1]
+    return _whole_entries([(name, values) for name, values in rows if len(set(values)) > 1])
+
+
+def _whole_entries(rows: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """Return rows, those of a callback that some runs do not have at all as one."""
+    groups: dict[str, list[tuple[str, list[str]]]] = {}
+    for name, values in rows:
+        found = _ENTRY.match(name)
+        groups.setdefault(found[0] if found else name, []).append((name, values))
+    joined: list[tuple[str, list[str]]] = []
+    for entry, group in groups.items():
+        columns = list(zip(*(values for _, values in group), strict=True))
+        if len(group) < 2 or not any(set(column) == {"-"} for column in columns):
+            joined += group
+            continue
+        ends = [name.removeprefix(entry).lstrip(".") for name, _ in group]
+        said = [", ".join(f"{e}: {v}" for e, v in zip(ends, column, strict=True) if v != "-") for column in columns]
+        joined.append((entry, [each or "-" for each in said]))
+    return joined
 
 
 def adapter_facts(run: Run) -> list[tuple[str, str]]:

@@ -128,16 +128,19 @@ class SpikeBand:
         self.not_finite, self.first_not_finite = state["not_finite"], state["first_not_finite"]
 
     def _limit(self, value: float) -> float:
-        """Return the largest value that is no spike; cheaper where the value is below the median."""
+        """Return the largest value that is no spike; cheaper where the value is clearly none."""
         if len(self._ordered) < min(MINIMUM, self._rule.window):
             return math.inf
         middle = median(self._ordered)
         self._highest = max(self._highest, middle)
         if value <= middle:
             return math.inf
-        spread = max(_NORMAL * median([abs(held - middle) for held in self._ordered]), _FLOOR * abs(middle))
         tail = self._ordered[len(self._ordered) * 19 // 20] - middle
-        rise = max(self._rule.threshold * spread, _TAIL * tail, self._rule.gained * (self._highest - middle))
+        rise = max(_TAIL * tail, self._rule.gained * (self._highest - middle))
+        if value <= middle + max(rise, self._rule.threshold * _FLOOR * abs(middle)):
+            return math.inf  # nor would the bound that costs most make it one
+        spread = max(_NORMAL * median([abs(held - middle) for held in self._ordered]), _FLOOR * abs(middle))
+        rise = max(self._rule.threshold * spread, rise)
         return middle + rise if rise > 0 else math.inf
 
     def _hold(self, value: float) -> None:

@@ -89,6 +89,11 @@ class ReportFiles:
         except Exception as error:  # the run is done, whatever its page does
             self._complain("page", error)
 
+    def say_how(self, trainer: Trainer) -> None:
+        """Say how the page of a fit that failed is made: its end is no time for drawing."""
+        if self._folder is not None and trainer.is_global_zero and (self._folder / FILE_NAME).is_file():
+            rank_zero_info(f"StabilityReport: the page of this run is made by: lightning-stable report {self._folder}")
+
     def once(self, message: str) -> None:
         """Say something once."""
         if message not in self._told:

@@ -25,14 +25,14 @@ class StepRow(NamedTuple):
     Attributes:
         step: How many steps this optimizer has made with it.
         optimizer: Its place among the Trainer's.
-        values: The loss that was trained on and the norm of the gradient; not-a-number for what is not known.
+        values: The loss that was trained on and the norm of the gradient; ``None`` for what is not known.
         rates: The learning rate of each parameter group.
         seconds: Time since training began.
     """
 
     step: int
     optimizer: int
-    values: tuple[float, ...]
+    values: tuple[float | None, ...]
     rates: tuple[float, ...]
     seconds: float
 
@@ -42,6 +42,7 @@ class _Waiting(NamedTuple):
 
     row: StepRow
     values: Tensor
+    known: tuple[bool, ...]
     rates: list[Any]
     at: int
 
@@ -56,6 +57,7 @@ class StepRecord:
         latest: What was read last, of each optimizer.
         spikes: The spikes of each signal.
         counts: How many there were, also where they were more than are kept.
+        unknown: At how many steps each signal was not known, as where a batch was skipped.
         phases: From which step on the learning rate is in which phase.
         rounds: Steps at whose end workers have exchanged their weights, the last ones.
         finished_rounds: How many such exchanges there were.
@@ -70,6 +72,7 @@ class StepRecord:
         self.latest: dict[int, StepRow] = {}
         self.spikes: dict[str, list[Spike]] = {signal: [] for signal in SIGNALS}
         self.counts: dict[str, int] = dict.fromkeys(SIGNALS, 0)
+        self.unknown: dict[str, int] = dict.fromkeys(SIGNALS, 0)
         self.phases: list[tuple[int, str]] = []
         self.rounds: list[int] = []
         self.finished_rounds = 0
@@ -91,6 +94,11 @@ class StepRecord:
         return max(self._made.values(), default=0)
 
     @property
+    def steps_of_all(self) -> int:
+        """Steps so far of all optimizers, which is what the host counts."""
+        return sum(self._made.values())
+
+    @property
     def waits(self) -> bool:
         """Whether values are on the device that have not been read."""
         return bool(self._waiting)
@@ -100,7 +108,15 @@ class StepRecord:
         for place in range(optimizers):
             self._made.setdefault(place, done)
 
-    def note(self, at: int, optimizer: int, values: Tensor, rates: Sequence[Any], seconds: float) -> None:
+    def note(
+        self,
+        at: int,
+        optimizer: int,
+        values: Tensor,
+        rates: Sequence[Any],
+        seconds: float,
+        known: Sequence[bool] = (True,) * len(SIGNALS),
+    ) -> None:
         """Note a step, without waiting for its values.
 
         Args:
@@ -109,6 +125,7 @@ class StepRecord:
             values: Loss and norm, of shape (2,).
             rates: The learning rate of each parameter group, numbers or scalars on the device.
             seconds: Time since training began.
+            known: Which of the values are known; the others are 0.
         """
         last = self._waiting[-1] if self._waiting else None
         if last is not None and (last.at, last.row.optimizer) == (at, optimizer):
@@ -116,7 +133,7 @@ class StepRecord:
         else:
             self._made[optimizer] = self._made.get(optimizer, 0) + 1
         row = StepRow(self._made[optimizer], optimizer, (), (), seconds)
-        self._waiting.append(_Waiting(row, values, list(rates), at))
+        self._waiting.append(_Waiting(row, values, tuple(known), list(rates), at))
 
     def note_phase(self, phase: str) -> None:
         """Note the phase of the step that is under way."""
@@ -138,12 +155,17 @@ class StepRecord:
         if not waiting:
             return
         values = torch.stack([entry.values for entry in waiting])
-        values = values if exchange is None else exchange(values)
+        known = torch.tensor([entry.known for entry in waiting])
+        if exchange is not None:
+            # The mean over the processes that know a value: the others have put 0 for it.
+            both = exchange(torch.cat([values, known.to(values)], dim=1))
+            shares = both[:, len(SIGNALS) :]
+            values, known = both[:, : len(SIGNALS)] / shares, shares > 0
         on_device = [rate.float() for entry in waiting for rate in entry.rates if isinstance(rate, Tensor)]
         read = iter(torch.stack(on_device).tolist() if on_device else [])
-        for entry, numbers in zip(waiting, values.tolist(), strict=True):
+        for entry, numbers, flags in zip(waiting, values.tolist(), known.tolist(), strict=True):
             rates = tuple(next(read) if isinstance(rate, Tensor) else rate for rate in entry.rates)
-            self._take(entry.row._replace(values=tuple(numbers), rates=rates))
+            self._take(entry.row._replace(values=_told(numbers, flags), rates=rates))
 
     def not_finite(self, signal: str) -> tuple[int, int | None]:
         """Return how many values of a signal were not finite, and the step of the first of them."""
@@ -156,12 +178,16 @@ class StepRecord:
         rows = self.rows
         width = max((len(row.rates) for row in rows), default=0)
         table = [
-            (row.step, row.optimizer, *row.values, *row.rates, *[math.nan] * (width - len(row.rates))) for row in rows
+            (row.step, row.optimizer, *_numbers(row), *row.rates, *[math.nan] * (width - len(row.rates)))
+            for row in rows
         ]
+        known = [[value is not None for value in row.values] for row in rows]
         return {
             "rows": torch.tensor(table, dtype=torch.float64).reshape(len(table), _KNOWN + width if table else _KNOWN),
+            "known": torch.tensor(known, dtype=torch.bool).reshape(len(known), len(SIGNALS)),
             "spikes": {signal: [list(spike) for spike in found] for signal, found in self.spikes.items()},
             "counts": dict(self.counts),
+            "unknown": dict(self.unknown),
             "bands": [[signal, place, band.state_dict()] for (signal, place), band in self._bands.items()],
             "phases": [list(phase) for phase in self.phases],
             "rounds": list(self.rounds),
@@ -179,12 +205,13 @@ class StepRecord:
         """
         self.forget()
         times = seconds if len(seconds) == len(state["rows"]) else [math.nan] * len(state["rows"])
-        for (step, optimizer, *numbers), time in zip(state["rows"].tolist(), times, strict=True):
+        table = zip(state["rows"].tolist(), state["known"].tolist(), times, strict=True)
+        for (step, optimizer, *numbers), flags, time in table:
             rates = tuple(rate for rate in numbers[len(SIGNALS) :] if not math.isnan(rate))
-            row = StepRow(int(step), int(optimizer), tuple(numbers[: len(SIGNALS)]), rates, time)
+            row = StepRow(int(step), int(optimizer), _told(numbers[: len(SIGNALS)], flags), rates, time)
             self._tables.setdefault(row.optimizer, []).append(row)
         self.spikes = {signal: [Spike(*spike) for spike in found] for signal, found in state["spikes"].items()}
-        self.counts = dict(state["counts"])
+        self.counts, self.unknown = dict(state["counts"]), dict(state["unknown"])
         for signal, place, band in state["bands"]:
             self._band(signal, place).load_state_dict(band)
         self.phases = [(step, phase) for step, phase in state["phases"]]
@@ -194,8 +221,9 @@ class StepRecord:
     def _take(self, row: StepRow) -> None:
         """Take in what was read."""
         for signal, value in zip(SIGNALS, row.values, strict=True):
-            if math.isnan(value) and signal == "gradient_norm" and math.isfinite(row.values[0]):
-                continue  # not known, as of weights that are sharded
+            if value is None:
+                self.unknown[signal] += 1
+                continue
             spike = self._band(signal, row.optimizer).take(row.step, value)
             if spike is not None:
                 self.counts[signal] += 1
@@ -215,7 +243,7 @@ class StepRecord:
         while self._stride > 1 and table and (table[-1].step - 1) // self._stride == (row.step - 1) // self._stride:
             stretch.insert(0, table.pop())
         if len(stretch) > 1:
-            ordered = sorted(stretch, key=lambda row: row.values[0] if math.isfinite(row.values[0]) else math.inf)
+            ordered = sorted(stretch, key=_height)
             stretch = sorted({ordered[0].step: ordered[0], ordered[-1].step: ordered[-1]}.values(), key=_step_of)
         table.extend(stretch)
 
@@ -228,3 +256,19 @@ class StepRecord:
 
 def _step_of(row: StepRow) -> int:
     return row.step
+
+
+def _height(row: StepRow) -> float:
+    """Return a row's loss for its order in a stretch: what is not finite is the highest, what is not known is not."""
+    loss = row.values[0]
+    if loss is None:
+        return -math.inf
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _told(numbers: Sequence[float], known: Sequence[bool]) -> tuple[float | None, ...]:
+    return tuple(number if told else None for number, told in zip(numbers, known, strict=True))
+
+
+def _numbers(row: StepRow) -> list[float]:
+    return [0.0 if value is None else value for value in row.values]

@@ -105,7 +105,7 @@ class StabilityReport(Callback):
         self._batches = 0
         self._backward_counts = True
         self._begun_at = self._before = self._ended = 0.0
-        self._epochs = self._last_step = 0
+        self._epochs = self._last_step = self._last_done = 0
         self._rounds_seen: int | None = None
 
     def record(self) -> dict[str, Any]:
@@ -115,6 +115,8 @@ class StabilityReport(Callback):
             "step": [row.step for row in rows],
             "optimizer": [row.optimizer for row in rows],
             **{signal: [row.values[place] for row in rows] for place, signal in enumerate(SIGNALS)},
+            # Both what is not finite and what is not known become null.
+            **{f"{name}_known": [row.values[place] is not None for row in rows] for place, name in enumerate(SIGNALS)},
             "seconds": [row.seconds for row in rows],
             "lr": [list(row.rates) for row in rows],
         }
@@ -128,6 +130,7 @@ class StabilityReport(Callback):
             "spikes": {signal: [list(spike) for spike in found] for signal, found in record.spikes.items()},
             "spike_counts": dict(record.counts),
             "not_finite": {signal: list(record.not_finite(signal)) for signal in SIGNALS},
+            "unknown": dict(record.unknown),
             "phases": [list(phase) for phase in record.phases],
             "rounds": list(record.rounds),
             "finished_rounds": record.finished_rounds,
@@ -165,17 +168,18 @@ class StabilityReport(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        done = trainer.global_step // max(1, len(trainer.optimizers))
         restored, self._restored = self._restored, None
         if restored is not None:
             self._take_over(restored)
-        elif self._record.steps > done:
+        elif self._record.steps_of_all > trainer.global_step:
             self._forget()  # another fit of the module, which counts its steps from 0 again
-        self._record.begin(done, len(trainer.optimizers))
+        # Of steps that were made without this callback nothing says which optimizer made them.
+        self._record.begin(trainer.global_step // max(1, len(trainer.optimizers)), len(trainer.optimizers))
         self._before, self._begun_at = self._ended, time.monotonic()
         self._shared = trainer.world_size > 1 and not trains_apart(trainer)
         self._norms = not isinstance(trainer.strategy, _SHARDED)
-        self._last_step, self._rounds_seen, self._running = trainer.global_step, None, True
+        self._last_step, self._last_done = trainer.global_step, self._record.steps
+        self._rounds_seen, self._running = None, True
         self._begin_loss()
         self._files.begin(trainer)
         environment = environment_of(trainer)
@@ -211,13 +215,15 @@ class StabilityReport(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         place = next(place for place, other in enumerate(trainer.optimizers) if other is optimizer)
         norm = _norm(trainer, optimizer) if self._norms else None
-        loss, unknown = self._loss, torch.full((), math.nan, device=pl_module.device)
+        loss, nothing = self._loss, torch.zeros((), device=pl_module.device)
         if loss is not None and pl_module.automatic_optimization:
             # The host has divided by the number of batches that an update should have; the last one may have fewer.
             loss = loss * (trainer.accumulate_grad_batches / self._batches)
-        pair = [unknown if value is None else value.to(unknown) for value in (loss, norm)]
+        # A batch that was skipped has no loss, nor has a backward pass that the host does not see.
+        known = [value is not None for value in (loss, norm)]
+        pair = [nothing if value is None else value.to(nothing) for value in (loss, norm)]
         rates = [_kept(group["lr"]) for group in optimizer.param_groups if "lr" in group]
-        self._record.note(trainer.global_step, place, torch.stack(pair), rates, self._elapsed())
+        self._record.note(trainer.global_step, place, torch.stack(pair), rates, self._elapsed(), known)
         if not pl_module.automatic_optimization:
             self._begin_loss()
         for callback in cast(Any, trainer).callbacks:
@@ -230,9 +236,9 @@ class StabilityReport(Callback):
     ) -> None:
         if trainer.global_step == self._last_step:
             return  # more micro-batches of this step are to come
-        optimizers = max(1, len(trainer.optimizers))
-        before, done = self._last_step // optimizers, trainer.global_step // optimizers
-        self._last_step, self._epochs = trainer.global_step, trainer.current_epoch + 1
+        before, done = self._last_done, self._record.steps
+        self._last_step, self._last_done = trainer.global_step, done
+        self._epochs = trainer.current_epoch + 1
         rounds = getattr(trainer.strategy, "finished_rounds", 0)
         if rounds > (self._rounds_seen or 0):
             self._record.note_round()
@@ -250,7 +256,8 @@ class StabilityReport(Callback):
         held = {name: value for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         if not held:
             return
-        numbers = torch.stack([value.detach().double().flatten()[0].cpu() for value in held.values()]).tolist()
+        # To the host first: not every device has double precision.
+        numbers = torch.stack([value.detach().flatten()[0].cpu().double() for value in held.values()]).tolist()
         for name, number in zip(held, numbers, strict=True):
             self._metrics.setdefault(name, []).append((self._record.steps, number))
 
@@ -269,6 +276,8 @@ class StabilityReport(Callback):
         if self._running:
             self._record.flush()  # of this process alone: others may not come
             self._end(trainer)
+            if self.html:
+                self._files.say_how(trainer)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -319,10 +328,11 @@ class StabilityReport(Callback):
             last = self._record.latest.get(place)
             end = f"/{place}" if len(trainer.optimizers) > 1 else ""
             if last is not None:
-                values |= {f"stability_report/{name}{end}": v for name, v in zip(SIGNALS, last.values, strict=True)}
+                known = [(name, v) for name, v in zip(SIGNALS, last.values, strict=True) if v is not None]
+                values |= {f"stability_report/{name}{end}": v for name, v in known}
         values["stability_report/spikes"] = float(sum(self._record.counts.values()))
         for logger in trainer.loggers:
-            # The host logs what comes of a step under the number of steps before it, of one optimizer.
+            # The host logs what comes of a step under the number of steps before it: of the optimizer with the most.
             logger.log_metrics({name: v for name, v in values.items() if math.isfinite(v)}, step=done - 1)
 
     def _end(self, trainer: Trainer) -> None:

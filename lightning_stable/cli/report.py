@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         pictures = write_pictures(runs, page) if options.pngs else []
     except (OSError, ModuleNotFoundError) as error:
         raise CommandError(str(error)) from error
-    for note in (note for each in runs for note in each.notes):
+    for note in [*(note for each in runs for note in each.notes), *written.notes]:
         sys.stdout.write(f"Note: {note}\n")
     if written.without_pictures:
         sys.stdout.write(f"No pictures: {written.without_pictures}\n")

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -80,6 +80,55 @@ def test_manual_optimisation_has_the_loss_of_its_backward_passes() -> None:
     plugin = report()
     fit([plugin], module=ManualNet(), max_steps=5)
     assert len([value for value in plugin.record()["series"]["loss"] if value > 0]) == 5
+
+
+def test_a_batch_that_is_skipped_is_not_known_and_not_counted() -> None:
+    class Skips(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx == 2 else super().training_step(batch, batch_idx)
+
+    plugin = report()
+    with pytest.warns(UserWarning, match="returned `None`"):
+        fit([plugin], module=Skips(), max_steps=5)
+    record = plugin.record()
+    assert record["series"]["loss_known"] == [True, True, False, True, True]
+    assert record["series"]["loss"][2] is None
+    assert (record["not_finite"]["loss"], record["unknown"]["loss"]) == ([0, None], 1)
+
+
+class Unequal(ManualNet):
+    """Two optimizers, of which the second makes one step for five of the first."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = cast(list[Any], self.optimizers())
+        loss = self.loss(batch)
+        first.zero_grad()
+        second.zero_grad()
+        loss.backward()  # past the host
+        first.step()
+        if self.seen % 5 == 4:
+            second.step()
+        self.seen += 1
+
+    seen = 0
+
+    def configure_optimizers(self) -> Any:
+        parameters = list(self.parameters())
+        return [torch.optim.SGD(part, lr=0.01) for part in (parameters[:1], parameters[1:])]
+
+
+def test_optimizers_that_step_unequally_keep_their_record_in_a_second_fit() -> None:
+    plugin, module = report(every_n_steps=5), Unequal()
+    run = fit([plugin], module=module, max_steps=12)
+    series = plugin.record()["series"]
+    assert [series["optimizer"].count(place) for place in (0, 1)] == [10, 2]
+    assert plugin.record()["unknown"] == {"loss": 12, "gradient_norm": 0}
+    assert plugin.record()["not_finite"]["loss"] == [0, None]
+    assert set(entries(run.logged, "stability_report/gradient_norm/0")) == {4, 9}
+    run.trainer.fit_loop.epoch_loop.max_steps = 24
+    run.trainer.fit(module, Stream())
+    series = plugin.record()["series"]
+    assert [series["optimizer"].count(place) for place in (0, 1)] == [20, 4]
 
 
 def test_under_a_gradient_scaler_loss_and_norm_are_unscaled() -> None:
@@ -210,6 +259,14 @@ def test_a_failure_leaves_what_was_done() -> None:
     assert not Path("report/report.html").exists()
 
 
+def test_a_failure_says_how_the_page_is_made(caplog: pytest.LogCaptureFixture) -> None:
+    module = Net()
+    module.fail_at = ("train", 2)
+    with caplog.at_level("INFO"), pytest.raises(RuntimeError, match="deliberate"):
+        fit([report(html=True)], module=module, max_steps=4)
+    assert "lightning-stable report report" in caplog.text
+
+
 def test_the_file_is_written_every_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_stable.callbacks._report_files._SECONDS", 0.0)
     seen = []
@@ -299,6 +356,18 @@ def test_a_record_goes_on_from_its_state() -> None:
     again.flush()
     assert again.rows == whole.rows
     assert again.spikes == whole.spikes
+
+
+def test_a_value_that_some_processes_know_is_their_mean() -> None:
+    record = StepRecord(SpikeRule())
+    record.begin(0, 1)
+    record.note(0, 0, torch.tensor([3.0, 0.0]), [0.1], 0.0, known=(True, False))
+    other = torch.tensor([[0.0, 0.0, 0.0, 0.0]])  # it has skipped the batch
+    record.flush(lambda values: (values + other) / 2)
+    assert record.rows[0].values == (3.0, None)
+    again = StepRecord(SpikeRule())
+    again.load_state_dict(record.state_dict(), [0.0])
+    assert (again.rows, again.unknown) == (record.rows, {"loss": 0, "gradient_norm": 1})
 
 
 def test_several_notes_of_one_step_are_one() -> None:

@@ -118,6 +118,7 @@ def test_sections_without_data_are_left_out(tmp_path):
     write_page([run], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert Checked(text).headings == ["Loss", "How to read this page"]
+    assert "versions, hardware, time and speed are not known: the callback StabilityReport" in text
     assert text.count("<svg") == 2  # of a desk and of a phone
 
 
@@ -168,6 +169,55 @@ def test_odd_names_and_values_are_drawn_as_they_are(tmp_path):
         assert "val_$a$_^" in text
     assert "_one$</text>" in text
     assert "two$</text>" in text
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_note(tmp_path):
+    values = [1e307 / 10**step for step in range(90)]
+    rows = [{"step": step, "train_loss": value, "other": step} for step, value in enumerate(values)]
+    written = write_page([read_run(write_csv(tmp_path, rows).parent)], tmp_path / "report.html")
+    assert written.without_pictures == ""
+    (note,) = written.notes
+    assert note.startswith("The picture 'Training loss' could not be drawn: OverflowError")
+    assert "<figcaption>other" in (tmp_path / "report.html").read_text()
+
+
+def test_a_failing_picture_leaves_the_others(tmp_path, monkeypatch):
+    def draw(chart, prefix, wide):
+        if chart.name == "loss":
+            raise OverflowError("too large")
+        return f'<svg id="{prefix}"></svg>'
+
+    monkeypatch.setattr("lightning_stable._report.page.as_svg", draw)
+    written = write_page([read_run(write_run(tmp_path, steps=60))], tmp_path / "report.html")
+    assert written.notes == ("The picture 'Training loss' could not be drawn: OverflowError: too large",)
+    text = (tmp_path / "report.html").read_text()
+    assert "could not be drawn: OverflowError: too large" in text
+    assert "<figcaption>Learning rate" in text
+    assert "<figcaption>Training loss" not in text
+
+
+def test_a_picture_of_some_of_the_runs_says_of_which(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_stable._report.page.as_svg", lambda chart, prefix, wide: "<svg></svg>")
+    write_record(tmp_path / "first", steps=60)
+    runs = [read_run(folder, folder.name) for folder in (tmp_path / "first", write_run(tmp_path / "second", steps=120))]
+    write_page(runs, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    shown = dict(re.findall(r"<figcaption>(.*?)</figcaption>(.*?)</figure>", text, re.DOTALL))
+    assert "Of first alone." in shown["Speed"]
+    assert "Of second alone." in shown["val_accuracy"]
+    assert "alone" not in shown["Training loss"]
+    assert "Of second, versions, hardware, time and speed are not known" in text
+    assert re.search(r">torch</th><td>[^<]+</td><td>not known</td>", text)
+
+
+def test_a_picture_alone_takes_the_width_and_phases_have_names(everything, tmp_path):
+    _, text = everything
+    first = text[: text.index("</figure>")]
+    for phase in ("warmup", "stable"):
+        assert f">{phase}</text>" in first
+    rows = [{"step": step, "loss": 1 / (step + 1), "lr-SGD": 0.1} for step in range(9)]
+    write_page([read_run(write_csv(tmp_path, rows).parent)], tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text().count('<figure class="wide">') == 2
 
 
 def test_several_runs_with_instruments_have_theirs_side_by_side(tmp_path, monkeypatch):

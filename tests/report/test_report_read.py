@@ -8,6 +8,7 @@ import pytest
 from report.report_runs import losses, write_csv, write_gap, write_numerics, write_record, write_run
 
 from lightning_stable._report.facts import facts_of, loss_names, training_loss, validation_names
+from lightning_stable._report.page import write_page
 from lightning_stable._report.read import find_runs, has_files, read_run
 from lightning_stable._report.run import append, thin
 from lightning_stable._report.settings import adapter_facts, differences, flat_settings
@@ -59,6 +60,108 @@ def test_a_damaged_file_is_a_note_and_no_end(name, content, tmp_path):
     assert run.notes or (name == "config.yaml" and content in ("", '{"format": 2}', '{"format": 1}'))
     assert name == "metrics.csv" or run.of("loss") == [(1, 1.0), (2, 2.0)]
     assert all(name in note for note in run.notes)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rule": {"threshold": 6.0, "window": 128, "gained": 0.05, "other": 1}},
+        {"rule": [1]},
+        {"spikes": {"loss": [1]}},
+        {"spikes": []},
+        {"events": [{"what": "a"}]},
+        {"events": [{"step": "x", "what": "a"}]},
+        {"not_finite": {"loss": 3}},
+        {"phases": [[1]]},
+        {"steps": "many"},
+        {"seconds": -1},
+        {"model": {"parameters": "x", "trained": 1}},
+        {"model": {"adapter_ranks": {"a": "x"}}},
+        {"rounds": [math.inf]},
+        {"environment": 3},
+    ],
+    ids=str,
+)
+def test_a_damaged_field_of_the_record_is_left_out_with_a_note(more, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_stable._report.page.as_svg", lambda chart, prefix, wide: "<svg></svg>")
+    write_record(tmp_path, steps=60)
+    record = json.loads((tmp_path / "stability_report.json").read_text())
+    (tmp_path / "stability_report.json").write_text(json.dumps({**record, **more}))
+    run = read_run(tmp_path)
+    (name,) = more
+    assert run.notes == [f"stability_report.json: what it has under {name} is damaged and left out."]
+    write_page([run], tmp_path / "report.html")
+    assert run.notes[0] in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("sweep.json", {"cells": [{"share": "x"}], "runs": []}),
+        ("sweep.json", {"cells": [{"share": 0.5, "ended": [1]}], "runs": []}),
+        ("numerics.jsonl", {"step": 1, "layers": {"a": {"weights": {"underflow": "x"}}}}),
+        ("numerics.jsonl", {"step": 1, "layers": {"a": 3}}),
+        ("stability_gap.json", {"format": 1, "score": "a", "higher_is_better": True, "tasks": [{"task": "x"}]}),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_in_the_files_of_instruments_is_a_note(file, content, tmp_path):
+    (tmp_path / file).write_text(json.dumps(content))
+    run = read_run(tmp_path)
+    assert len(run.notes) == 1
+    assert file in run.notes[0]
+    assert (run.sweep, run.numerics, run.gap) == ({}, [], {})
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("a0: &a0 [1, 2]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)), "billions of"),
+        ("a: &a [*a]\n", "holds itself"),
+        (
+            "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n}\n  <<: [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)),
+            "merges",
+        ),
+        ("a: " + "[" * 2000 + "]" * 2000, "RecursionError"),
+    ],
+    ids=["aliases", "a circle", "merges", "depth"],
+)
+def test_a_config_that_stands_for_too_much_is_a_note(text, why, tmp_path):
+    write_csv(tmp_path, [{"step": 0, "loss": 1}])
+    (tmp_path / "config.yaml").write_text(text)
+    run = read_run(tmp_path)
+    (note,) = run.notes
+    assert note.startswith("config.yaml could not be read")
+    assert why in note
+    assert run.config == {}
+
+
+def test_what_is_not_known_is_told_from_what_is_not_finite(tmp_path):
+    losses = [1.0, None, None, 4.0]
+    series = {
+        "step": [1, 2, 3, 4],
+        "optimizer": [0] * 4,
+        "loss": losses,
+        "loss_known": [True, True, False, True],
+        "gradient_norm": [None] * 4,
+        "gradient_norm_known": [False] * 4,
+        "seconds": [0.1, 0.2, 0.3, 0.4],
+        "lr": [[0.1]] * 4,
+    }
+    write_record(tmp_path, series=series, not_finite={"loss": [1, 2]}, unknown={"loss": 1, "gradient_norm": 4})
+    run = read_run(tmp_path)
+    assert [step for step, _ in run.of("stability_report/loss")] == [1, 2, 4]
+    assert training_loss(run).not_finite == 1
+    assert "stability_report/gradient_norm" not in run.series
+    (note,) = run.notes
+    assert note.startswith("The loss of 1 steps is not known")
+
+
+def test_a_callback_that_one_run_lacks_is_one_line_of_the_differences(tmp_path):
+    runs = [read_run(write_run(tmp_path / name, steps=9)) for name in ("a", "b")]
+    given = {"every_n_steps": 50, "pictures": True}
+    runs[1].config["trainer"]["callbacks"].append({"class_path": "a.StabilityReport", "init_args": given})
+    assert differences(runs) == [("trainer.callbacks[StabilityReport]", ["-", "every_n_steps: 50, pictures: yes"])]
 
 
 @pytest.mark.parametrize(
