@@ -16,7 +16,10 @@ from lightning_stable.cli.locate import CommandError, resolve_config
 
 __all__ = ["Config", "read_configs", "walk_arguments"]
 
-_EXTENDS = re.compile(r"^extends:(?P<name>[^#\n]*)(#[^\n]*)?$", re.MULTILINE)
+_EXTENDS = re.compile(r"^(?P<quote>['\"]?)extends(?P=quote)[ \t]*:(?P<name>[^#\n]*)(#[^\n]*)?$", re.MULTILINE)
+
+# A config that says nothing. The parser takes no empty text, nor comments alone.
+_EMPTY = "{}"
 
 
 class Config(NamedTuple):
@@ -24,7 +27,7 @@ class Config(NamedTuple):
 
     Attributes:
         name: What the user calls it: ``addon:ema``, ``recipe:quickstart`` or a path.
-        value: What the parser is given: its path, or its text where the line ``extends`` is left out of it.
+        value: What the parser is given: its path, or its text where that is not all that is in the file.
         text: What is in it, without the line ``extends``.
         is_addon: Whether it is a packaged addon, whose ``vars`` are defaults.
     """
@@ -65,15 +68,17 @@ def read_configs(given: str) -> list[Config]:
     """
     path, is_addon = resolve_config(given)
     # What is no file is left to the parser, which reads it as YAML or says that it does not exist.
-    text = Path(path).read_text(encoding="utf-8") if _is_file(path) else path
+    is_file = _is_file(path)
+    text = Path(path).read_text(encoding="utf-8-sig") if is_file else path  # some editors begin a file with a mark
     found = _EXTENDS.search(text)
     if found is None:
-        return [Config(given, path, text, is_addon)]
+        return [Config(given, _EMPTY if is_file and _says_nothing(text) else path, text, is_addon)]
     name = found["name"].strip().strip("'\"")
     if not name or is_addon:
         raise CommandError(f"--config {given}: extends has to name a packaged recipe, as in 'extends: lm_pretrain'.")
     text = text[: found.start()] + text[found.end() :]
-    return [*read_configs(f"recipe:{name.removeprefix('recipe:')}"), Config(given, text, text, is_addon)]
+    value = _EMPTY if _says_nothing(text) else text
+    return [*read_configs(f"recipe:{name.removeprefix('recipe:')}"), Config(given, value, text, is_addon)]
 
 
 def walk_arguments(arguments: Sequence[str]) -> Iterator[Config | tuple[str, str]]:
@@ -84,6 +89,10 @@ def walk_arguments(arguments: Sequence[str]) -> Iterator[Config | tuple[str, str
             yield from read_configs(value if equals else following)
         elif name.startswith("--"):
             yield name, value if equals else following
+
+
+def _says_nothing(text: str) -> bool:
+    return all(not line.strip() or line.lstrip()[0] == "#" or line.strip() == "---" for line in text.splitlines())
 
 
 def _is_file(path: str) -> bool:

@@ -38,6 +38,11 @@ COMMANDS = {
 }
 # Commands with a module of their own: `add_options(parser)` imports nothing heavy, `run(options)` gives the exit code.
 _MODULES = {"report": "report", "export-adapter": "export_adapter", "new": "new", "doctor": "doctor"}
+# What the commands that train import, by the names of the modules.
+_NEEDED = (
+    *("torch", "lightning", "torchmetrics", "lightning_utilities", "peft", "transformers", "huggingface_hub"),
+    *("safetensors", "numpy", "omegaconf", "jsonargparse", "yaml", "rich", "jinja2"),
+)
 
 _EXAMPLES = f"""\
 examples:
@@ -81,6 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{PROGRAM}: error: {error}\n")
         if debug and error.details not in ("", str(error)):
             sys.stderr.write(f"The parser's own message:\n{error.details}\n")
+        return 2
+    except ModuleNotFoundError as error:
+        # A package itself, not a part of it, which would be somebody's mistake.
+        if debug or error.name not in _NEEDED:
+            raise
+        sys.stderr.write(
+            f"{PROGRAM}: error: the package {error.name} is missing, and '{PROGRAM} {arguments[0]}' needs it. "
+            f"'{PROGRAM} doctor' tells what is missing and how to install it.\n"
+        )
         return 2
     except KeyboardInterrupt:
         sys.stderr.write(f"{PROGRAM}: interrupted\n")

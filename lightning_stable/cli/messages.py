@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import pkgutil
 import re
 from types import FrameType, TracebackType
 
@@ -10,7 +11,7 @@ from lightning_stable.cli._sweep_precision import is_simulated_format
 from lightning_stable.cli.values import explain_value, inner_problem
 from lightning_stable.registry import methods
 
-__all__ = ["explain_interpolation", "explain_parsing", "is_bad_input", "root_error"]
+__all__ = ["explain_interpolation", "explain_parsing", "is_bad_input", "near_path", "root_error"]
 
 _UNKNOWN_KEY = re.compile(r"does not accept option '(?P<key>[^']+)'|unrecognized arguments: --(?P<argument>[\w.]+)")
 _CLASS_PROBLEM = re.compile(
@@ -22,6 +23,8 @@ _NO_CLASS = re.compile(
     re.DOTALL,
 )
 _REQUIRED = re.compile(r"arguments are required: (?:\w+\.)?(?P<key>.+)")
+_NO_ATTRIBUTE = re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'")
+_NO_MODULE = re.compile(r"No module named '(?P<module>[\w.]+)\.(?P<name>\w+)'")
 _PRECISION = re.compile(r"trainer\.precision: expected .*, got (?P<given>\S+)\.", re.DOTALL)
 _RESOLVED = re.compile(r"resolved to '(?:fit|validate|test|predict)\.(?P<key>[^']+)'")
 
@@ -44,6 +47,8 @@ def explain_parsing(message: str, command: str, known: list[str]) -> str:
     help_text = f"lightning-stable {command} --help"
     if found := _UNKNOWN_KEY.search(message):
         key = found["key"] or found["argument"]
+        if key.rpartition(".")[2] == "extends":
+            return "extends has to stand once, on a line of its own at the left margin, as in 'extends: lm_pretrain'."
         return f"Unknown key {key!r}. {_suggest(key, known, f'All keys: {help_text}')}"
     in_class, no_class = _CLASS_PROBLEM.search(message), _NO_CLASS.search(message)
     if (in_class or not no_class) and (value := explain_value(message)):
@@ -56,7 +61,8 @@ def explain_parsing(message: str, command: str, known: list[str]) -> str:
             listing = f"Its options: {', '.join(options)}" if options else f"See --{found['key']}.help {found['path']}"
             hint = _suggest(option["option"], options, listing)
             return f"{found['key']}: the class {found['path']} has no option {option['option']!r}. {hint}"
-        return f"{found['key']}: problem with the class {found['path']}: {' '.join(problem.split())}"
+        near = _near_import(problem)
+        return f"{found['key']}: problem with the class {found['path']}: {' '.join(problem.split())}{near}"
     if found := no_class:
         named = next((method.class_name for method in methods() if method.name == found["name"].rstrip(".,")), None)
         if named:
@@ -64,9 +70,11 @@ def explain_parsing(message: str, command: str, known: list[str]) -> str:
                 f"{found['key']}: {named} goes by the name {found['name']!r} where no options follow. With options, or "
                 f"as a class_path, write {named}."
             )
+        name = found["name"].rstrip(".,")
+        near = f"{_near(difflib.get_close_matches(name, [method.class_name for method in methods()]))} ".lstrip()
         return (
-            f"{found['key']}: there is no class {found['name']!r}. Give its full path, as in package.module.Class; "
-            f"the methods of 'lightning-stable list' go by their bare class names."
+            f"{found['key']}: there is no class {name!r}. {near}Give its full path, as in package.module.Class; "
+            "the methods of 'lightning-stable list' go by their bare class names."
         )
     if found := _REQUIRED.search(message):
         return f"{found['key']} is not set. Give a config by --config FILE, or see {help_text}."
@@ -164,10 +172,36 @@ def _raising_frame(error: BaseException) -> FrameType | None:
     return None if trace is None else trace.tb_frame
 
 
+def near_path(module: str, name: str) -> str:
+    """Return a sentence with the names of a module or package that are near to one which it has not; or nothing.
+
+    Args:
+        module: The module's full name.
+        name: What was looked for in it.
+    """
+    try:
+        place = importlib.import_module(module)
+    except ImportError:
+        return ""
+    names = [each for each in dir(place) if not each.startswith("_")]
+    names += [each.name for each in pkgutil.iter_modules(getattr(place, "__path__", []))]
+    return _near([f"{module}.{each}" for each in difflib.get_close_matches(name, sorted(set(names)), n=3, cutoff=0.6)])
+
+
+def _near_import(problem: str) -> str:
+    """Return what is near to a class or module that a problem says is not there; nothing where it says none."""
+    found = _NO_ATTRIBUTE.search(problem) or _NO_MODULE.search(problem)
+    near = near_path(found["module"], found["name"]) if found else ""
+    return f". {near}" if near else ""
+
+
 def _suggest(name: str, candidates: list[str], otherwise: str) -> str:
     """Return the near names, else a fallback."""
-    near = difflib.get_close_matches(name, candidates, n=3, cutoff=0.6)
-    return f"Did you mean {' or '.join(map(repr, near))}?" if near else f"{otherwise}."
+    return _near(difflib.get_close_matches(name, candidates, n=3, cutoff=0.6)) or f"{otherwise}."
+
+
+def _near(names: list[str]) -> str:
+    return f"Did you mean {' or '.join(map(repr, names))}?" if names else ""
 
 
 def _options(class_path: str) -> list[str]:

@@ -13,11 +13,14 @@ These are added to the host's command line:
 * Wrong keys and values give one message instead of a traceback.
 """
 
+import contextlib
+import logging
 import math
 import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -27,17 +30,17 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # expor
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from lightning_stable._extensions import load_classes
 from lightning_stable.cli._configs import Config, read_configs, walk_arguments
-from lightning_stable.cli._conflicts import refuse_conflicts
+from lightning_stable.cli._conflicts import refuse_conflicts, settle_precision
 from lightning_stable.cli._variables import used_variables
-from lightning_stable.cli.locate import CommandError
-from lightning_stable.cli.messages import explain_interpolation, explain_parsing, is_bad_input, root_error
+from lightning_stable.cli.locate import CommandError, TemplateKind, list_templates
+from lightning_stable.cli.messages import explain_interpolation, explain_parsing, is_bad_input, near_path, root_error
 from lightning_stable.cli.summary import print_summary
 from lightning_stable.registry import methods, nearest
 
@@ -47,6 +50,9 @@ DEFAULT_SEED = 0
 
 # How long the other processes of a run that is over may take to end.
 _SECONDS_TO_END = 300
+
+_KINDS: tuple[TemplateKind, ...] = ("addon", "recipe")
+_REMARKS = ("torchao", "torch.utils._pytree")
 
 
 def share(total: int | None, fraction: float) -> int:
@@ -186,6 +192,8 @@ class StableCLI(LightningCLI):
         trainer = self._get(self.config, "trainer")
         if isinstance(trainer.strategy, str):
             trainer.strategy = _strategy_name(trainer.strategy)
+        if told := settle_precision(self._arguments, trainer):
+            rank_zero_info(f"lightning-stable: {told}")
         refuse_conflicts(self._arguments, trainer, self._get(self.config, "lr_scheduler"))
 
     def after_fit(self) -> None:
@@ -214,8 +222,10 @@ def _strategy_name(given: str) -> str:
     name = classes.get(given, given)
     known = ["auto", *StrategyRegistry.available_strategies()]
     if name.lower() not in known:
+        module, _, last = given.rpartition(".")
+        near = (module and near_path(module, last)) or nearest(given.lower(), known)
         raise CommandError(
-            f"trainer.strategy: there is no strategy {given!r}. {nearest(given.lower(), known)} A class of your own "
+            f"trainer.strategy: there is no strategy {given!r}. {near} A class of your own "
             "goes by its full path, as in package.module.Class."
         )
     return name
@@ -230,8 +240,25 @@ def _refuse_unused_variables(args: list[str]) -> None:
     texts += [config.text for config in walk_arguments(args) if isinstance(config, Config)]
     used = used_variables("\n".join(texts))
     for name in sorted(given - used):
-        known = nearest(name, sorted(used)) if used else "No config refers to a variable."
-        raise CommandError(f"vars.{name} is set, but nothing refers to it, so it would change nothing. {known}")
+        raise CommandError(
+            f"vars.{name} is set, but nothing refers to it, so it would change nothing. {_place_of(name, used)}"
+        )
+
+
+def _place_of(name: str, used: set[str]) -> str:
+    """Return what to do about a variable that nothing refers to: the packaged config that does, or the near names."""
+    addons, recipes = (
+        [f"{kind}:{each.name}" for each in list_templates(kind) if name in used_variables(each.path.read_text("utf-8"))]
+        for kind in _KINDS
+    )
+    if addons:
+        use = "uses it" if len(addons) == 1 else "use it"
+        return f"{' and '.join(addons)} {use}: add --config {addons[0]}."
+    known = nearest(name, sorted(used)) if used else "No config refers to a variable."
+    if recipes and "Did you mean" not in known:
+        use = "uses it" if len(recipes) == 1 else "use it"
+        return f"{known} {', '.join(recipes)} {use}: give --config {recipes[0]} before, or begin with 'extends'."
+    return known
 
 
 def _register_resolvers() -> None:
@@ -259,7 +286,7 @@ def train(args: list[str], *, debug: bool = False) -> int:
     here = str(Path.cwd())
     if here not in sys.path:  # a console script has its own directory there, not the user's
         sys.path.insert(0, here)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_remarks():
         # The host calls a name that torch deprecates; nothing in a user's run causes or cures it.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         # An optimizer in a config is asked for, in place of the module's own.
@@ -279,6 +306,24 @@ def train(args: list[str], *, debug: bool = False) -> int:
             place = f" on rank {rank}" if rank else ""
             sys.stderr.write(f"lightning-stable: error{place}: {root} (The traceback: --debug.)\n")
             return 1
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Keep libraries from telling what the user has no part in, while they are imported and while a command runs.
+
+    torchao names the kernels that it has none of for this machine, and torch a name that torchao should not use; both
+    also where a run takes nothing from torchao. What the user has set a level for, such as by TORCH_LOGS, stays.
+    """
+    loggers = [logging.getLogger(name) for name in _REMARKS]
+    raised = [logger for logger in loggers if logger.level == logging.NOTSET]
+    for logger in raised:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger in raised:
+            logger.setLevel(logging.NOTSET)
 
 
 def _with_torch_names(args: list[str]) -> list[str]:

@@ -3,14 +3,19 @@
 import pytest
 import yaml
 
+from lightning_stable.cli import training
 from lightning_stable.cli.main import main
+from lightning_stable.cli.training import StableCLI
 
 OWN = {
     "ddp": "trainer: {strategy: ddp}",
+    "unused": "trainer: {strategy: ddp_find_unused_parameters_true}",
+    "class": "trainer: {strategy: {class_path: lightning.pytorch.strategies.DDPStrategy}}",
     "co2": "trainer: {strategy: {class_path: CO2Strategy, init_args: {local_steps: 4}}}",
     "plugin": "trainer: {plugins: [{class_path: lightning.pytorch.plugins.io.TorchCheckpointIO}]}",
     "int8": "trainer: {plugins: [Int8Precision]}",
     "twice": "trainer: {callbacks+: [{class_path: EMA}, {class_path: EMA}]}",
+    "ema": "trainer: {callbacks+: [{class_path: lightning_stable.callbacks.ema.EMA}]}",
     "step": "lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 3}}",
     "bf16": "trainer: {precision: bf16-mixed}",
 }
@@ -34,6 +39,7 @@ def addons(*names):
     return [part for name in names for part in ("-c", f"addon:{name}")]
 
 
+CO2 = "{class_path: CO2Strategy, init_args: {local_steps: 4}}"
 ONE_STRATEGY = "both set trainer.strategy (CO2Strategy and DiLoCoStrategy)"
 MIXED = "trainer.precision is bf16-mixed"
 
@@ -64,6 +70,8 @@ MIXED = "trainer.precision is bf16-mixed"
         (["-c", "twice.yaml"], ["twice.yaml brings EMA (2 times in trainer.callbacks)", "Leave one of them out"]),
         (addons("pissa", "eva"), ["addon:pissa and addon:eva both bring Adapters"]),
         (["-c", "recipe:quickstart", *addons("wsd")], ["recipe:quickstart and addon:wsd"]),
+        (["-c", "ema.yaml", *addons("ema")], ["ema.yaml and addon:ema both bring EMA (2 times"]),
+        (["--trainer.strategy", CO2, *addons("diloco")], [f"--trainer.strategy {CO2} and addon:diloco", ONE_STRATEGY]),
     ],
     ids=lambda value: " ".join(part for part in value if ":" in part or "." in part)[:60] if value else "",
 )
@@ -79,6 +87,8 @@ def test_two_of_a_kind_are_an_error_that_names_both(options, parts, fit):
     "options",
     [
         ["-c", "ddp.yaml", *addons("co2")],
+        ["-c", "unused.yaml", *addons("co2")],
+        ["-c", "class.yaml", *addons("co2")],
         [*addons("co2", "diloco"), "--trainer.strategy", "auto"],
         [*addons("co2"), "-c", "ddp.yaml"],
         [*addons("co2"), "-c", "ddp.yaml", *addons("diloco")],
@@ -90,6 +100,70 @@ def test_two_of_a_kind_are_an_error_that_names_both(options, parts, fit):
 )
 def test_what_comes_later_and_is_no_addon_has_chosen(options, fit):
     code, err = fit(*options)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            ["-c", "recipe:lowbit_digits", "--trainer.precision", "32-true"],
+            "--trainer.precision 32-true comes last and takes the place of SimulatedPrecision (recipe:lowbit_digits), "
+            "and of NumericsMonitor with it.",
+        ),
+        (
+            ["-c", "plugin.yaml", *addons("simulated"), "-c", "bf16.yaml"],
+            "trainer.precision bf16-mixed (bf16.yaml) comes last and takes the place of SimulatedPrecision "
+            "(addon:simulated). To have both: --trainer.precision null --vars.simulated_compute bf16-mixed",
+        ),
+    ],
+    ids=["an option over a recipe", "a file over an addon"],
+)
+def test_a_precision_that_comes_last_takes_the_place_of_a_plugin_and_says_so(options, sentence, fit, monkeypatch):
+    built: list[StableCLI] = []
+    told: list[str] = []
+    monkeypatch.setattr(StableCLI, "_run_subcommand", lambda self, subcommand: built.append(self))
+    monkeypatch.setattr(training, "rank_zero_info", told.append)
+    code, err = fit(*options)
+    assert code == 0, err
+    (line,) = told
+    assert line.startswith(f"lightning-stable: {sentence}")
+    trainer = built[0].trainer
+    assert type(trainer.precision_plugin).__name__ in ("Precision", "MixedPrecision")
+    assert "NumericsMonitor" not in {type(callback).__name__ for callback in trainer.callbacks}
+    kept = built[0].config["fit"].trainer.plugins
+    assert [plugin.class_path.rpartition(".")[2] for plugin in kept or []] == ["TorchCheckpointIO"] * (
+        "plugin.yaml" in options
+    )
+
+
+NAMESAKES = """
+from lightning.pytorch import Callback
+
+class Replay(Callback):
+    def __init__(self, key: str = "a"):
+        self.key = key
+
+    @property
+    def state_key(self):
+        return self.key
+
+class WeightAveraging(Callback):
+    pass
+"""
+NAMED = """
+trainer:
+  callbacks+:
+    - {class_path: namesakes_of_the_test.Replay}
+    - {class_path: namesakes_of_the_test.Replay, init_args: {key: b}}
+    - {class_path: namesakes_of_the_test.WeightAveraging}
+"""
+
+
+def test_classes_of_the_user_may_have_the_names_of_ours(fit, tmp_path):
+    (tmp_path / "namesakes_of_the_test.py").write_text(NAMESAKES)
+    (tmp_path / "namesakes.yaml").write_text(NAMED)
+    code, err = fit(*addons("ema"), "-c", "namesakes.yaml")
     assert code == 0, err
 
 

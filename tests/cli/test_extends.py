@@ -41,6 +41,25 @@ def test_it_is_the_recipe_with_what_the_file_says(mine, capsys):
     assert "extends" not in ours
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["extends: quickstart", "# Mine.\n\nextends : quickstart # all of it\n", '\ufeff"extends": quickstart\n---\n'],
+    ids=["alone", "with comments", "quoted, after a mark"],
+)
+def test_a_config_may_be_nothing_but_its_recipe(text, base, tmp_path, capsys):
+    (tmp_path / "all.yaml").write_text(text, encoding="utf-8")
+    assert main(["fit", "-c", "all.yaml", "-c", base, "--print_config"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["vars"]["ema_decay"]
+    assert config["model"]["class_path"] == "cli_fixtures.CliModule"
+
+
+def test_a_file_that_says_nothing_changes_nothing(base, tmp_path, capsys):
+    (tmp_path / "nothing.yaml").write_text("# nothing yet\n")
+    assert main(["fit", "-c", base, "-c", "nothing.yaml", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == "cli_fixtures.CliModule"
+
+
 def test_a_run_saves_a_config_that_stands_by_itself(mine, tmp_path):
     alone = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--trainer.enable_progress_bar", "false"]
     assert main(["fit", "-c", mine, *alone, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]) == 0
@@ -53,6 +72,7 @@ def test_a_run_saves_a_config_that_stands_by_itself(mine, tmp_path):
     ("text", "message"),
     [
         ("extends: lm_pretrian", "There is no recipe 'lm_pretrian'. Did you mean 'lm_pretrain'"),
+        ("{extends: lm_pretrain}", "extends has to stand once, on a line of its own at the left margin"),
         ("extends:  # nothing", "extends has to name a packaged recipe, as in 'extends: lm_pretrain'"),
     ],
 )

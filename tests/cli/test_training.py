@@ -1,12 +1,14 @@
 """``fit`` and its kin: configs and how they compose, references that follow overrides, and what ends a run."""
 
+import logging
+
 import pytest
 import torch
 import yaml
 from cli_fixtures import CliProbe
 
 from lightning_stable.cli.main import main
-from lightning_stable.cli.training import interval, marks, product, share, shares
+from lightning_stable.cli.training import StableCLI, interval, marks, product, share, shares
 
 
 @pytest.fixture
@@ -187,6 +189,22 @@ def test_the_own_options_are_frozen(base, capsys):
     for option in ("--config CONFIG", "--print_config", "--vars VARS", "--seed_everything", "--ckpt_path"):
         assert option in text
     assert "addon:NAME" in text
+
+
+def test_remarks_of_libraries_are_kept_back_for_a_command_unless_they_are_asked_for(base, monkeypatch):
+    seen = []
+    torchao, pytree, other = map(logging.getLogger, ("torchao", "torch.utils._pytree", "lightning_stable"))
+    monkeypatch.setattr(torchao, "level", logging.NOTSET)
+    monkeypatch.setattr(pytree, "level", logging.DEBUG)  # as by TORCH_LOGS
+
+    def look(self, subcommand):
+        child = logging.getLogger("torchao.kernel.intmm")
+        seen.extend(logger.isEnabledFor(logging.WARNING) for logger in (torchao, child, pytree, other))
+
+    monkeypatch.setattr(StableCLI, "_run_subcommand", look)
+    assert main(["fit", "--config", base]) == 0
+    assert seen == [False, False, True, True]
+    assert (torchao.level, pytree.level) == (logging.NOTSET, logging.DEBUG)
 
 
 class SGD(torch.optim.SGD):

@@ -1,5 +1,7 @@
 """What is wrong with a config or an option: one message that names it, and the exit code."""
 
+import sys
+
 import pytest
 
 from lightning_stable.cli.main import main
@@ -15,6 +17,14 @@ from lightning_stable.cli.values import explain_value
         ("trainer: {callbacks+: [{class_path: EMA, init_args: {deccay: 1}}]}", ["callbacks", "'deccay'", "'decay'"]),
         ("trainer: {callbacks: [{class_path: cli_fixtures.Gone}]}", ["callbacks", "Gone"]),
         ("model: {class_path: Gone}", ["model", "'Gone'", "package.module.Class"]),
+        ("model: {class_path: cli_fixtures.CliModul}", ["Did you mean 'cli_fixtures.CliModule'"]),
+        ("model: {class_path: lightning_stable.recipe.X}", ["Did you mean 'lightning_stable.recipes'?"]),
+        (
+            "trainer: {callbacks: [{class_path: lightning_stable.callbacks.wsd.WarmupStableDecy}]}",
+            ["Did you mean 'lightning_stable.callbacks.wsd.WarmupStableDecay'?"],
+        ),
+        ("trainer: {callbacks: [{class_path: EMAA}]}", ["there is no class 'EMAA'. Did you mean 'EMA'"]),
+        ("trainer: {strategy: lightning_stable.CO2Strateg}", ["Did you mean 'lightning_stable.CO2Strategy'"]),
         ("trainer: {max_steps: '${vars.stepz}'}", ["trainer.max_steps", "${vars.stepz}", "--vars.stepz"]),
         ("trainer: {max_steps: many}", ["trainer.max_steps", "many"]),
         ("trainer: [", ["parsing"]),
@@ -42,9 +52,27 @@ def test_a_wrong_config_names_the_key_and_is_exit_code_2(text, parts, base, tmp_
         (["fit", "--config", "base.yaml", "--trainer.max_stepz", "3"], ["'trainer.max_stepz'", "'trainer.max_steps'"]),
         (["run", "quickstart", "--config", "addon:ema"], ["recipe:quickstart and addon:ema both bring EMA"]),
         (["run", "quickstart", "--vars.ema_deacy", "0.5"], ["vars.ema_deacy", "nothing refers to it", "'ema_decay'"]),
+        (
+            ["fit", "--config", "base.yaml", "--vars.ema_decay", "0.9"],
+            ["vars.ema_decay", "addon:ema uses it: add --config addon:ema."],
+        ),
+        (["run", "quickstart", "--vars.loldu_rank", "9"], ["addon:loldu uses it: add --config addon:loldu."]),
+        (["run", "quickstart", "--vars.rank", "9"], ["Known names: batch_size", "recipe:lm_finetune_pissa", "extends"]),
         (["run", "quickstart", "--vars.shape=linear"], ["vars.shape", "nothing refers to it", "batch_size"]),
     ],
-    ids=["nothing", "no file", "no addon", "no recipe", "no option", "twice", "no variable", "unused variable"],
+    ids=[
+        "nothing",
+        "no file",
+        "no addon",
+        "no recipe",
+        "no option",
+        "twice",
+        "no variable",
+        "variable of an addon",
+        "another",
+        "variable of recipes",
+        "unused variable",
+    ],
 )
 def test_wrong_options_are_exit_code_2(arguments, parts, base, tmp_path, capsys):
     assert main(arguments) == 2
@@ -116,6 +144,17 @@ def test_a_wrong_value_is_named_with_what_is_expected(options, message, base, ca
 )
 def test_types_are_put_into_words(message, explained):
     assert explain_value(message) == explained
+
+
+def test_an_installation_without_torch_says_so(base, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "lightning_stable.cli.training", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["fit", "--config", base]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lightning-stable: error: the package torch is missing, and 'lightning-stable fit' needs it")
+    assert "'lightning-stable doctor'" in line
+    with pytest.raises(ModuleNotFoundError):
+        main(["fit", "--config", base, "--debug"])
 
 
 # The bad one is neither the first of its list nor of the first type that may stand there.
