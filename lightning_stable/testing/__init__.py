@@ -26,7 +26,7 @@ contracts cannot hold, the row says why by ``expected_failures``; what the plugi
 ``conflicts``. ``pytest --capabilities FILE`` writes what was found; see :mod:`lightning_stable.testing.plugin`.
 
 Public is what this module exports, and the plugin; the files beside it may change. Nothing heavy is imported until a
-name is asked for. pytest is needed, and is no dependency of ``lightning-stable``.
+name is asked for.
 """
 
 from typing import TYPE_CHECKING, Any
