@@ -94,8 +94,18 @@ def lora_ga_factors(
         >>> a.abs().argmax().item(), b.abs().argmax().item()  # the largest direction, and the next
         (1, 2)
     """
-    settings = {"direction": direction, "scale": scale, "gamma": gamma, "exact": exact, "iterations": iterations}
-    a, b = lora_ga_pair(weight, gradient, rank, scaling, **settings, generator=generator)  # type: ignore[arg-type]
+    a, b = lora_ga_pair(
+        weight,
+        gradient,
+        rank,
+        scaling,
+        direction=direction,
+        scale=scale,
+        gamma=gamma,
+        exact=exact,
+        iterations=iterations,
+        generator=generator,
+    )
     return Factors(a, b, shift(weight, a, b, scaling))
 
 

@@ -81,12 +81,12 @@ def adapt(wish: Wish, trainer: Trainer, pl_module: LightningModule) -> None:
     _warn_of_dropout(wish, targets)
     trainer.strategy.model_to_device()
     let_inputs_need_gradients(model)
+    if wish.init in DATA_INITS:
+        ranks.same(pl_module)
     record.base = fingerprints(targets)
     norm = _norm(targets) if record.residual else 0.0
     start, report = Start({}, {}, {}), None
     if wish.init in DATA_INITS:
-        ranks.same(pl_module)
-        record.base = fingerprints(targets)
         start, report = _from_data(wish, trainer, pl_module, model, targets, config)
     if wish.init == "eva":
         eva_config(config, model, targets, start.ranks)

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_stable.peft._checkpoint import complete, restore, stored_record
+from lightning_stable.peft._checkpoint import complete, restore
 from lightning_stable.peft._inject import merge
 from lightning_stable.peft._record import KEY, Record, find_record, without_compile
 from lightning_stable.peft._targets import find_model
@@ -93,8 +93,7 @@ def load_from_checkpoint(cls: type[_Lightning], checkpoint_path: str | os.PathLi
     inherited = target.on_load_checkpoint
 
     def adapt_first(self: LightningModule, checkpoint: dict[str, Any]) -> None:
-        record = stored_record(owner, checkpoint)
-        if record is not None:
+        if checkpoint.get(KEY) is not None:
             checkpoint.update(without_compile(checkpoint, self))
             record = Record.from_checkpoint(owner, checkpoint[KEY])
             model = find_model(owner, self, checkpoint[KEY]["model"])
