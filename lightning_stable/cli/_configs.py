@@ -56,6 +56,15 @@ class Config(NamedTuple):
         found = self.content.get("trainer")
         return found if isinstance(found, dict) else {}
 
+    def check(self) -> None:
+        """Raise ``CommandError`` if it is no YAML, or its ``trainer`` would take the place of all settings before."""
+        found = self.content.get("trainer", {})
+        if not isinstance(found, dict):
+            raise CommandError(
+                f"--config {self.name}: trainer is {'empty' if found is None else repr(found)}. Give it settings, as "
+                "in 'trainer: {max_steps: 100}', or leave it out."
+            )
+
 
 def read_configs(given: str) -> list[Config]:
     """Return the config of one ``--config``, last, and before it the recipes that it extends.

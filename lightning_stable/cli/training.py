@@ -115,6 +115,7 @@ class TemplateConfig(ActionConfigFile):
     @override
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         for config in read_configs(values):
+            config.check()
             before = dict(cfg.get("vars") or {})
             super().__call__(parser, cfg, config.value, option_string)  # type: ignore[no-untyped-call]
             given = dict(cfg.get("vars") or {})

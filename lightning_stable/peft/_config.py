@@ -28,6 +28,8 @@ DATA_INITS = ("lora_ga", "eva", "corda")
 
 # What says where a config comes from or how it is run, not what it is.
 _ASIDE = ("peft_version", "base_model_name_or_path", "revision", "auto_mapping", "runtime_config")
+# Fields that name layers, one or a list.
+_NAMES = ("target_modules", "exclude_modules", "modules_to_save")
 # Configs of peft's own initialisers, which ours take the place of.
 _OF_INITIALISERS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
 
@@ -100,10 +102,18 @@ def _from_fields(owner: str, fields: dict[str, Any]) -> Any:
             f"{owner}: config has {unknown[0]!r}, which is no field of {known[kind].__name__}. "
             f"{nearest(unknown[0], allowed)}"
         )
+    names = {name: _layer_names(fields[name]) for name in _NAMES if name in fields}
     try:
-        return known[kind](**{**fields, "peft_type": kind})
+        return known[kind](**{**fields, **names, "peft_type": kind})
     except TypeError as error:
         raise ValueError(f"{owner}: config does not make a {known[kind].__name__}: {error}") from error
+
+
+def _layer_names(given: Any) -> Any:
+    """Return names of layers as text: a command line makes numbers of ``"0"`` and ``"2"``, names in a Sequential."""
+    if isinstance(given, (list, tuple, set)):
+        return type(given)(_layer_names(each) for each in given)
+    return str(given) if isinstance(given, int) else given
 
 
 def _check_numbers(owner: str, config: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_stable.testing.examples import run_examples
 from lightning_stable.testing.harness import assert_same
 from lightning_stable.testing.rows import Row, resolve
 
@@ -85,7 +86,7 @@ HEADINGS = (
 
 
 def check_card(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The card has the fixed headings in order, names each argument and each expected failure, and its code runs."""
+    """The card has the fixed headings in order, names each argument and each expected failure, and its blocks run."""
     assert row.card is not None
     assert row.card.exists(), f"{row.card} does not exist"
     text = row.card.read_text(encoding="utf-8")
@@ -95,15 +96,7 @@ def check_card(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not arguments, f"{row.card.name} does not name the settings {arguments}"
     for reason in row.settings.expected_failures.values():
         assert reason in text, f"{row.card.name} does not say: {reason}"
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    assert any(language == "python" for language, _ in blocks), f"{row.card.name} has no Python example"
-    monkeypatch.chdir(tmp_path)
-    scope: dict[str, Any] = {"__name__": "card"}
-    for language, code in blocks:
-        if language == "python":
-            exec(compile(code, row.card.name, "exec"), scope)  # noqa: S102  the card's own code, which has to run
-        elif language == "yaml":
-            assert isinstance(yaml.safe_load(code), dict), f"{row.card.name}: a YAML block is no mapping"
+    run_examples(row.card.name, text, row.addons, tmp_path, monkeypatch)
 
 
 def _arguments(row: Row) -> list[str]:

@@ -28,6 +28,8 @@ from lightning_stable.cli.values import explain_value
         ("trainer: {max_steps: '${vars.stepz}'}", ["trainer.max_steps", "${vars.stepz}", "--vars.stepz"]),
         ("trainer: {max_steps: many}", ["trainer.max_steps", "many"]),
         ("trainer: [", ["parsing"]),
+        ("trainer: 3", ["wrong.yaml", "trainer is 3. Give it settings"]),
+        ("trainer:\nmodel: {class_path: cli_fixtures.CliModule}", ["wrong.yaml", "trainer is empty. Give it settings"]),
     ],
 )
 def test_a_wrong_config_names_the_key_and_is_exit_code_2(text, parts, base, tmp_path, capsys):

@@ -269,6 +269,24 @@ def test_10_company_bites(tmp_path: Path) -> None:
         contracts.check_company(names_one, HONEST, tmp_path)
 
 
+EXAMPLE = """```python
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+quiet = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+module = BoringModel()
+Trainer(max_steps=1, enable_model_summary=False, **quiet).fit(module, module.train_dataloader())
+```
+```yaml
+trainer: {gradient_clip_val: 0.5}
+```
+```bash
+lightning-stable fit --config mine.yaml \\
+    --trainer.max_epochs 3  # and a comment
+```
+"""
+
+
 def test_11_card_bites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = tmp_path / "honest.md"
     under = dataclasses.replace(HONEST, card=card, class_path="contract.broken.Honest")
@@ -280,6 +298,21 @@ def test_11_card_bites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (whole.replace("`factor`", ""), "does not name the settings"),
         (whole.replace("```python", "```text"), "no Python example"),
         (whole.replace("x = 1", "assert False, 'code of the card'"), "code of the card"),
+    ):
+        card.write_text(damaged)
+        with pytest.raises(BITES, match=message):
+            contracts.check_card(under, tmp_path, monkeypatch)
+    whole = whole.replace("```python\nx = 1\n```\n", EXAMPLE)
+    card.write_text(whole)
+    contracts.check_card(under, tmp_path, monkeypatch)
+    for damaged, message in (
+        (
+            whole.replace("{gradient_clip_val: 0.5}", "3"),
+            "(?s)the config.*ends with exit code 2.*trainer is 3. Give it settings",
+        ),
+        (whole.replace("clip_val", "clip_vale"), "(?s)the config.*ends with exit code 2.*gradient_clip_vale"),
+        (whole.replace("max_epochs", "max_epochz"), "(?s)the command.*ends with exit code 2.*max_epochz"),
+        (whole.replace(".fit(module, module.train_dataloader())", ""), "it fits none"),
     ):
         card.write_text(damaged)
         with pytest.raises(BITES, match=message):

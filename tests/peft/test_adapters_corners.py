@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_stable.peft import load_adapters, load_from_checkpoint, merge_adapters
+from lightning_stable.peft._config import build_config
 from lightning_stable.peft._export import export_adapter
 from lightning_stable.peft._record import fingerprint
 
@@ -27,6 +28,13 @@ def test_a_loader_that_draws_its_order_from_the_global_generator_gives_the_same_
         seen.append(module.seen)
     assert len(seen[0]) == 14  # into the second order of twelve batches
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("given", [[0, 2], ["0", 2]])
+def test_numbers_name_layers_of_a_sequential(given: list[object]) -> None:
+    """A command line makes numbers of such names, whatever quotes stand around them."""
+    assert build_config("Adapters", {"target_modules": given}, "default").target_modules == {"0", "2"}
+    assert build_config("Adapters", {"target_modules": given[1]}, "default").target_modules == "2"
 
 
 class Compiled(Net):
