@@ -1,32 +1,17 @@
-"""The blocks of code in the documents: Python runs, configs are configs, commands exist and take their options.
+"""The blocks of code in the documents run: Python, configs and commands, in the order in which they stand.
 
-The Python of the cards runs in `tests/contract/`, each beside its method; that of the pages runs here.
+Those of the cards that are about the card's own module run in `tests/contract/`, beside the method; see
+`lightning_stable/testing/examples.py`.
 """
 
-import contextlib
 import importlib
-import io
 import logging
+import shutil
 import sys
 
 import pytest
-import yaml
-from doc_blocks import (
-    DOCUMENTS,
-    PAGES,
-    README,
-    ROOT,
-    all_blocks,
-    blocks,
-    check_command,
-    check_config,
-    commands,
-    is_training,
-)
-
-from lightning_stable.cli.main import _parser, main
-
-each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+from doc_blocks import CARDS, DOCUMENTS, PAGES, README, Block, all_blocks, commands_of
+from doc_reader import Reader, made_small
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +24,8 @@ def folder(tmp_path, monkeypatch):
     """An empty working directory whose modules can be imported, as that of a reader who starts Python in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "level", logging.WARNING)  # its tips fill the output
+    importlib.invalidate_caches()
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
@@ -47,111 +34,67 @@ def folder(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-@pytest.fixture(scope="module")
-def parser():
-    return _parser()
+def code_of(page):
+    """Return what runs of a page: of the README not its Python, which has a test of its own."""
+    kinds = ("yaml", "bash") if page == README else ("python", "yaml", "bash")
+    return [block for block in all_blocks(page) if block.language in kinds]
 
 
-def save_files(document, folder):
-    """Save the blocks of a document that a reader saves; return the configs among them by their names."""
-    named = {block.attributes["file"]: block for block in all_blocks(document) if "file" in block.attributes}
-    for name, block in named.items():
-        (folder / name).write_text(block.code, encoding="utf-8")
-    importlib.invalidate_caches()
-    return {name: yaml.safe_load(block.code) for name, block in named.items() if block.language == "yaml"}
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=lambda path: path.name)
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a run that goes on has a folder of its own
+def test_the_blocks_of_a_page_run(page, folder):
+    reader = Reader(page, folder)
+    for block in code_of(page):
+        reader.run(block)
 
 
-# ----------------------------------------------------------------------------- Python
+def commands_beside(card):
+    """Return the commands of a card that are not about the card's own module."""
+    blocks = [block for block in all_blocks(card) if block.language == "bash"]
+    return [words for block in blocks for words in commands_of(block) if "mine.yaml" not in words]
 
 
-def python_pages():
-    return [page for page in PAGES if page != README and blocks(page, "python")]  # the README's has a test of its own
+@pytest.mark.parametrize("card", [card for card in CARDS if commands_beside(card)], ids=lambda path: path.name)
+def test_the_commands_of_a_card_run(card, folder):
+    reader = Reader(card, folder)
+    for words in commands_beside(card):
+        reader.run(Block("bash", {}, " ".join(words)))
 
 
-@pytest.mark.parametrize("page", python_pages(), ids=lambda path: path.name)
-def test_the_python_of_a_page_runs(page, folder):
-    save_files(page, folder)
-    scope = {"__name__": "page"}
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips would fill the output
-    for block in all_blocks(page):
-        if block.language == "python" and "no-run" not in block.attributes:
-            with contextlib.redirect_stdout(io.StringIO()):
-                exec(compile(block.code, page.name, "exec"), scope)  # noqa: S102  the page's own code, which has to run
-
-
-@each_document
-def test_python_that_does_not_run_says_why(document):
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_does_not_run_says_why(document):
     for block in all_blocks(document):
         if block.language == "python":
             compile(block.code, document.name, "exec")
+        if block.language in ("python", "yaml", "bash"):
             assert block.attributes.keys() <= {"file", "no-run"}, f"unknown attributes {block.attributes}"
             reason = block.attributes.get("no-run", "it runs")
             assert len(reason.split()) > 1, f"{document.name}: no-run needs its reason, not {reason!r}"
 
 
-# ----------------------------------------------------------------------------- commands and configs
-
-
-@each_document
-def test_commands_exist_and_take_their_options(document, folder, parser):
-    configs = save_files(document, folder)
-    for words in commands(document):
-        check_command(words, parser, configs)
-
-
-@each_document
-def test_yaml_blocks_are_configs(document, folder):
-    save_files(document, folder)
-    for code in blocks(document, "yaml"):
-        check_config(yaml.safe_load(code))
-
-
-# By the host's own parser, which reads values too: half a second each, so for the two pages that a reader begins with.
-FIRST = (README, ROOT / "docs" / "start.md")
-TRAINING = {" ".join(words): (page, words) for page in FIRST for words in commands(page) if is_training(words)}
-
-
-@pytest.mark.parametrize(("page", "words"), TRAINING.values(), ids=TRAINING)
-def test_the_training_commands_of_the_first_pages_parse(page, words, folder, capsys):
-    save_files(page, folder)
-    words = [word for word in words if word != "--print_config"]
-    if "--ckpt_path" in words:  # the parser wants the file that a run would have written
-        del words[words.index("--ckpt_path") : words.index("--ckpt_path") + 2]
-    assert main([*words, "--print_config"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"]
-
-
-# ----------------------------------------------------------------------------- the checks bite
+# ----------------------------------------------------------------------------- it bites
 
 
 @pytest.mark.parametrize(
-    ("words", "problem"),
+    ("block", "problem"),
     [
-        ("fly away", "there is no command 'fly'"),
-        ("run quickstart --vars.nothing 1", "no config has this variable"),
-        ("fit --config mine.yaml --trainer.max_stepz 1", "the Trainer has no argument 'max_stepz'"),
-        ("run lm_pretrain --model.depth 1", "has no argument 'depth'"),
-        ("fit --config mine.yaml --speed 1", "there is no such option"),
-        ("show nobody", "nothing is called 'nobody'"),
+        (Block("bash", {}, "lightning-stable fly away"), "ends with 2"),
+        (Block("bash", {}, "lightning-stable run quickstart --vars.nothing 1"), "vars.nothing"),
+        (Block("bash", {}, "lightning-stable fit --config mine.yaml --trainer.max_stepz 1"), "'trainer.max_stepz'"),
+        (Block("bash", {}, "lightning-stable show nobody > file"), "'nobody'"),
+        (Block("bash", {}, "curl nowhere"), "nothing runs curl nowhere"),
+        (Block("yaml", {}, "modell: {width: 3}"), "modell"),
+        (Block("yaml", {}, "trainer: {callbacks+: [{class_path: lightning_stable.callbacks.ema.EMAS}]}"), "EMAS"),
+        (Block("python", {}, "assert False, 'wrong'"), "wrong"),
     ],
 )
-def test_a_wrong_command_is_found(words, problem, parser):
+def test_a_block_that_does_not_run_is_found(block, problem, folder):
     with pytest.raises(AssertionError, match=problem):
-        check_command(words.split(), parser, {})
+        Reader(README, folder).run(block)
 
 
-@pytest.mark.parametrize(
-    ("config", "problem"),
-    [
-        ("modell: {}", "a config has no"),
-        ("trainer: {max_stepz: 1}", "the Trainer has no argument"),
-        ("trainer: {callbacks+: [{class_path: lightning_stable.callbacks.ema.EMAS}]}", "has no class 'EMAS'"),
-        (
-            "trainer: {callbacks: [{class_path: lightning_stable.callbacks.ema.EMA, init_args: {rate: 1}}]}",
-            "has no arguments",
-        ),
-    ],
-)
-def test_a_wrong_config_is_found(config, problem):
-    with pytest.raises(AssertionError, match=problem):
-        check_config(yaml.safe_load(config))
+def test_what_is_made_small_is_still_the_command(folder):
+    shutil.copy(README, folder)
+    words = ["run", "lm_pretrain", "--vars.max_steps", "4000"]
+    assert made_small(words)[: len(words)] == words
+    assert made_small(["list"]) == ["list"]

@@ -27,7 +27,7 @@ TRAINER_COMMANDS = {
 COMMANDS = {
     "run": "train a packaged recipe",
     "sweep": "run a grid of seeds, learning rates and precisions, and tell what diverges",
-    "list": "list methods, recipes and addons",
+    "list": "list methods, recipes, addons, guides and scripts",
     "show": "print the card of a method, a guide, or a packaged config or script",
     "plot": "draw the stability gap of a run",
     "report": "write one page of a run, or of several beside each other",
@@ -216,7 +216,7 @@ def _parser() -> _Parser:
             allow_abbrev=False,
         )
     )
-    commands.add_parser("list", help=COMMANDS["list"], description="List methods, recipes and addons.")
+    commands.add_parser("list", help=COMMANDS["list"], description="List methods, recipes, addons, guides and scripts.")
     show = commands.add_parser(
         "show",
         help=COMMANDS["show"],

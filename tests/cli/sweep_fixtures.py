@@ -46,7 +46,7 @@ class StandIn:
         checkpoint.touch()
         if code == 0:
             settings = yaml.safe_load((folder / "run.yaml").read_text())["trainer"]
-            *_, record = (c["init_args"] for c in settings.get("callbacks+") or settings["callbacks"])
+            record = (settings.get("callbacks+") or settings["callbacks"])[-1]["init_args"]
             options = dict(zip(job.command, job.command[1:], strict=False))
             (plugin,) = settings["plugins"] or [{"init_args": {"weights": settings["precision"]}}]
             values = float(job.command[-3]), int(options["--seed_everything"]), plugin["init_args"]["weights"]
