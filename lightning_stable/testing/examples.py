@@ -102,19 +102,9 @@ def _run_python(name: str, codes: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 def _write_config(fitted: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write ``mine.yaml``: the class of the module that was fitted, its data, and a Trainer that soon stops."""
-    data = fitted.get("datamodule") or fitted.get("train_dataloaders")
-    if not isinstance(data, LightningDataModule):
-        validation = fitted.get("val_dataloaders")
-        data = _Loaders(data) if validation is None else _AlsoValidation(data, validation)
-
-    def make_data() -> LightningDataModule:
-        return data
-
     module = type(fitted["model"])
-    monkeypatch.setattr(sys.modules["card"], "make_data", make_data, raising=False)
-    config = {
-        "model": {"class_path": f"card.{module.__name__}"},
-        "data": {"class_path": "card.make_data"},
+    config: dict[str, Any] = {
+        "model": {"class_path": f"{module.__module__}.{module.__qualname__}"},
         "trainer": {
             "accelerator": "cpu",
             "max_steps": _LENGTH,
@@ -129,6 +119,17 @@ def _write_config(fitted: dict[str, Any], folder: Path, monkeypatch: pytest.Monk
             "callbacks": [{"class_path": f"{__name__}.{StopSoon.__name__}"}],
         },
     }
+    data = fitted.get("datamodule") or fitted.get("train_dataloaders")
+    if data is not None:  # else the module brings its own
+        if not isinstance(data, LightningDataModule):
+            validation = fitted.get("val_dataloaders")
+            data = _Loaders(data) if validation is None else _AlsoValidation(data, validation)
+
+        def make_data() -> LightningDataModule:
+            return data
+
+        monkeypatch.setattr(sys.modules["card"], "make_data", make_data, raising=False)
+        config["data"] = {"class_path": "card.make_data"}
     (folder / "mine.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
 

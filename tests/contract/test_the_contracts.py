@@ -274,8 +274,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 quiet = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-module = BoringModel()
-Trainer(max_steps=1, enable_model_summary=False, **quiet).fit(module, module.train_dataloader())
+Trainer(max_steps=1, enable_model_summary=False, **quiet).fit(BoringModel())
 ```
 ```yaml
 trainer: {gradient_clip_val: 0.5}
@@ -312,7 +311,7 @@ def test_11_card_bites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (whole.replace("clip_val", "clip_vale"), "(?s)the config.*ends with exit code 2.*gradient_clip_vale"),
         (whole.replace("max_epochs", "max_epochz"), "(?s)the command.*ends with exit code 2.*max_epochz"),
-        (whole.replace(".fit(module, module.train_dataloader())", ""), "it fits none"),
+        (whole.replace(".fit(BoringModel())", ""), "it fits none"),
     ):
         card.write_text(damaged)
         with pytest.raises(BITES, match=message):
