@@ -9,12 +9,13 @@ import functools
 import re
 import sys
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from lightning_stable.registry import METHODS, Kind, Method, load_class
 
-__all__ = ["GROUP", "NAME", "Extension", "extensions", "load_classes"]
+__all__ = ["GROUP", "NAME", "PAGES", "Extension", "extensions", "host_classes", "load_classes"]
 
 GROUP = "lightning_stable.methods"
 """The group of entry points by which other distributions add methods."""
@@ -22,7 +23,22 @@ GROUP = "lightning_stable.methods"
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 """What the name of a method, or of an addon, looks like."""
 
+PAGES = frozenset(
+    (
+        *("continual", "doctor", "export_adapter", "extend", "faq", "finetune", "low_bits", "migrate", "pretrain"),
+        *("recipes", "slow_links", "start", "sweep", "task_stream"),
+        *("co2_multi_node", "co2_two_processes", "continual_finetune", "image_classification"),
+        *("image_classification_ddp", "lm_finetune_eva", "lm_finetune_loldu", "lm_finetune_lora_ga"),
+        *("lm_finetune_pissa", "lm_finetune_pissa_ddp", "lm_finetune_svfit", "lm_int4_stable_spam", "lm_pretrain"),
+        *("lm_pretrain_ddp", "lm_pretrain_float8", "lm_pretrain_fsdp2", "lowbit_digits", "quickstart", "stability_gap"),
+    )
+)
+"""The guides and recipes: ``show`` finds them by their names, as it does methods. (The name of a script has a dot.)"""
+
 _OURS = "lightning-stable"
+# Where the host has the classes that configs give by their bare names.
+_HOST_ROOMS = ("callbacks", "strategies", "plugins")
+_HOST_CLASS = re.compile(r"^class ([A-Za-z]\w*)", re.MULTILINE)
 # What a stranger's module may raise at import. Ctrl-C still ends everything.
 _FAILURES = (Exception, SystemExit)
 
@@ -49,8 +65,8 @@ def extensions() -> tuple[Extension, ...]:
     What cannot be loaded, is no row, or has a name that is taken, is told on stderr and left out.
     """
     found: list[Extension] = []
-    taken = {name: _OURS for method in METHODS for name in _names(method)}
     points = [(_distribution(point), point) for point in entry_points(group=GROUP)]
+    taken = _taken() if points else {}
     for distribution, point in sorted(points, key=lambda pair: (pair[0], pair[1].name)):
         try:
             # What it prints must not get into the output of a command, which may be JSON.
@@ -64,6 +80,21 @@ def extensions() -> tuple[Extension, ...]:
         if rows:
             found.append(Extension(distribution, folder, rows))
     return tuple(found)
+
+
+@functools.cache
+def host_classes() -> frozenset[str]:
+    """Return the names of the classes that a plugin's cannot have, or the host's would go by its full path alone.
+
+    They are read from the files of the host, of whatever version it is: importing it takes seconds.
+    """
+    try:
+        host = Path(str(getattr(find_spec("lightning"), "origin", ""))).parent / "pytorch"
+        files = [*host.glob("cli.py"), *(file for room in _HOST_ROOMS for file in (host / room).rglob("*.py"))]
+        texts = [file.read_text(encoding="utf-8") for file in files]
+    except (OSError, ValueError):  # without the host, or with another thing in its place, nothing of it is taken
+        return frozenset()
+    return frozenset(name for text in texts for name in _HOST_CLASS.findall(text))
 
 
 def load_classes() -> None:
@@ -92,7 +123,7 @@ def _accept(value: Any, distribution: str, source: str, taken: dict[str, str]) -
             _tell(f"a method of {distribution} ({source}) is left out: {problem}")
             continue
         rows.append(row)
-        taken.update(dict.fromkeys(_names(row), distribution))
+        taken.update(dict.fromkeys(_names(row), f"a method of {distribution}"))
     return tuple(rows)
 
 
@@ -132,8 +163,17 @@ def _collision(row: Method, taken: dict[str, str]) -> str:
     for name in _names(row):
         if name in taken:
             kind = "class name" if name in (row.class_name, *row.relatives) else "name"
-            return f"the {kind} {name!r} is taken by a method of {taken[name]}. Rename one of them."
+            return f"the {kind} {name!r} is taken by {taken[name]}. Give another one."
     return ""
+
+
+def _taken() -> dict[str, str]:
+    """Return the names that are taken before any distribution is asked, and by what."""
+    return {
+        **dict.fromkeys(host_classes(), "a class of lightning, which configs give by that name"),
+        **dict.fromkeys(PAGES, f"a guide or recipe of {_OURS}"),
+        **{name: f"a method of {_OURS}" for method in METHODS for name in _names(method)},
+    }
 
 
 def _names(method: Method) -> list[str]:

@@ -34,9 +34,8 @@ _ELSEWHERE = {
 }
 _OF_A_RUN = re.compile(r"runs/(\w+)/version_(\d+)")
 _ONE_DEVICE = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1"]
-# A document that shows no `mine.yaml` means any: that of the first page, or this one where layers of a Llama are named.
+# A document that shows no `mine.yaml` means any: that of the first page.
 _FIRST = ROOT / "docs" / "start.md"
-_LLAMA = {"mine.yaml": "extends: lm_pretrain\n"}
 
 
 class Reader:
@@ -51,8 +50,7 @@ class Reader:
         self.document = document
         self.folder = folder
         self.scope: dict[str, object] = {"__name__": "page"}
-        has_layers = "q_proj" in document.read_text(encoding="utf-8")
-        for name, code in ((_LLAMA if has_layers else _shown(_FIRST)) | _shown(document)).items():
+        for name, code in (_shown(_FIRST) | _shown(document)).items():
             (folder / name).write_text(code, encoding="utf-8")
         texts = folder / "my_texts"
         texts.mkdir()

@@ -10,7 +10,8 @@ import pytest
 from added_plugins import site  # noqa: F401  a fixture
 
 import lightning_stable
-from lightning_stable._extensions import extensions, load_classes
+from lightning_stable._extensions import PAGES, extensions, host_classes, load_classes
+from lightning_stable.cli.locate import GUIDES, list_scripts, list_templates
 from lightning_stable.registry import METHODS, Method, addons_of, find_method, load_class, methods, nearest
 
 ROOMS = {
@@ -198,6 +199,10 @@ LOUD_ROW = ROW.format("'loud_plugin', 'callback', 'loud_plugin.plugin.LoudPlugin
         (ROW.format("'wsd_s', 'callback', 'a.B', '', 'x'"), ["name 'wsd_s'", "lightning-stable"]),
         (ROW.format("'mine', 'callback', 'a.B', '', 'x', ('pissa',)"), ["name 'pissa'", "lightning-stable"]),
         (ROW.format("'mine', 'callback', 'a.EMA', '', 'x'"), ["class name 'EMA'", "lightning-stable"]),
+        (ROW.format("'mine', 'callback', 'a.EarlyStopping', '', 'x'"), ["name 'EarlyStopping'", "class of lightning,"]),
+        (ROW.format("'mine', 'metric', 'a.B', '', 'x', (), ('XLAStrategy',)"), ["name 'XLAStrategy'", "of lightning,"]),
+        (ROW.format("'doctor', 'callback', 'a.B', '', 'x'"), ["name 'doctor'", "guide or recipe"]),
+        (ROW.format("'mine', 'callback', 'a.B', '', 'x', ('quickstart',)"), ["name 'quickstart'", "guide or recipe"]),
         (ROW.format("'mine', 'metric', 'a.B', '', 'x', (), ('Forgetting',)"), ["class name 'Forgetting'"]),
     ],
 )
@@ -210,6 +215,19 @@ def test_what_is_wrong_with_one_is_told_once_and_stops_nothing(rows, parts, site
     assert line.startswith("lightning-stable: warning: ")
     for part in ("broken-plugin 1.2", *parts):
         assert part in line
+
+
+def test_no_method_can_be_called_as_a_guide_a_recipe_or_a_script():
+    recipes = {recipe.name for recipe in list_templates("recipe")}
+    assert {*GUIDES, *recipes} == PAGES, "a new guide or recipe goes into PAGES in lightning_stable/_extensions.py"
+    assert not any(NAME.fullmatch(path.name) for path in list_scripts())
+
+
+def test_without_the_host_its_names_are_free(monkeypatch):
+    host_classes.cache_clear()
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    assert host_classes() == frozenset()
+    host_classes.cache_clear()
 
 
 def test_what_a_distribution_prints_at_import_stays_out_of_the_output(site, capsys):  # noqa: F811

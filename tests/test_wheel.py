@@ -120,6 +120,7 @@ def test_the_package_is_that_of_the_wheel(installed, tmp_path):
 def test_list_and_show_work_from_the_wheel(command):
     assert {line.split()[1] for line in command("list").splitlines()} >= {"wsd", "ema", "quickstart", "wsd_s"}
     assert command("show", "wsd") == (ROOT / "docs/methods/wsd.md").read_text(encoding="utf-8")
+    assert command("show", "guide:continual") == (ROOT / "docs/continual.md").read_text(encoding="utf-8")
     assert command("show", "quickstart") == (ROOT / "templates/recipes/quickstart.yaml").read_text(encoding="utf-8")
     script = ROOT / "templates/launch/several_machines.sh"
     assert command("show", script.name) == script.read_text(encoding="utf-8")
@@ -152,7 +153,7 @@ def test_a_new_project_passes_its_tests_and_trains_with_the_wheel_alone(command,
     assert (folder / "runs/train/version_0/checkpoints/last.ckpt").is_file()
 
 
-def test_a_new_plugin_installs_and_is_listed_with_the_wheel_alone(command, installed, tmp_path):
+def test_a_new_plugin_installs_and_passes_its_tests_with_the_wheel_alone(command, installed, tmp_path):
     command("new", "--plugin", "demo-plugin", "--no-input")
     folder = tmp_path / "demo-plugin"
     run("make", "install", cwd=folder, programs=installed)
@@ -160,5 +161,6 @@ def test_a_new_plugin_installs_and_is_listed_with_the_wheel_alone(command, insta
     assert line.endswith("(from demo-plugin 0.1.0)")
     assert command("show", "gradient_noise") == (folder / "demo_plugin/cards/gradient_noise.md").read_text()
     assert line in run("make", "list", cwd=folder, programs=installed).stdout
-    # The rest of its tests, and its contracts: tests/scaffold/test_bake.py.
-    assert "3 passed" in run("make", "test", "ARGS=-k 'rows or card'", cwd=folder, programs=installed).stdout
+    out = run("make", "test", "ARGS=-v", cwd=folder, programs=installed).stdout
+    for contract in ("resume", "yaml", "oracle", "two_processes", "company", "card"):
+        assert f"_{contract}[gradient_noise" in out, "the contracts come from the wheel"

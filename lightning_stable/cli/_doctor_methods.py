@@ -1,6 +1,6 @@
 """Which methods can run here, and why the others cannot: each class is imported, and asked where it can be asked."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -31,21 +31,24 @@ def check_methods(packages: Iterable[Package], machine: Machine) -> tuple[list[M
         packages: The packages, those that do not import marked.
         machine: What there is to compute with.
     """
+    packages = list(packages)
     missing = {
         package.name: f"{package.name} is {'compromised' if package.status == 'bad' else package.status}"
         for package in packages
         if package.status in ("missing", "broken") or is_harmful(package)
     }
+    told = {package.name for package in packages if package.status != "ok"}
     rows = [(method, "") for method in METHODS]
     rows += [(method, extension.distribution) for extension in extensions() for method in extension.methods]
     found: list[MethodCheck] = []
     findings = _silent_extensions()
     for method, source in rows:
-        check, finding = _check(method, machine, missing)
+        check, finding = _check(method, machine, missing, told)
         found.append(check._replace(source=source))
         if finding is not None:
             # What a stranger's package does not keep is no fault of this installation.
-            findings.append(finding._replace(level="warning") if source else finding)
+            foreign = bool(source) and finding.level == "error"
+            findings.append(finding._replace(level="warning") if foreign else finding)
     return found, findings
 
 
@@ -57,8 +60,17 @@ def _silent_extensions() -> list[Finding]:
     return [Finding("warning", name, text, f"pip install --upgrade '{name}'") for name in sorted(named - heard)]
 
 
-def _check(method: Method, machine: Machine, missing: Mapping[str, str]) -> tuple[MethodCheck, Finding | None]:
-    """Return whether one method runs, and a finding if it should and does not."""
+def _check(
+    method: Method, machine: Machine, missing: Mapping[str, str], told: Collection[str]
+) -> tuple[MethodCheck, Finding | None]:
+    """Return whether one method runs, and a finding if it should and does not.
+
+    Args:
+        method: Its row.
+        machine: What there is to compute with.
+        missing: What is the matter with packages that cannot be used, by their names.
+        told: The packages that have a finding of their own.
+    """
     needed = (*_HOST, *_OF_KIND.get(method.kind, ()))
     lacking = [missing[name] for name in needed if name in missing]
     if lacking:
@@ -74,7 +86,7 @@ def _check(method: Method, machine: Machine, missing: Mapping[str, str]) -> tupl
     if method.kind == "strategy":
         check = _check_strategy(check, machine)
     elif method.kind == "precision":
-        check = _check_precision(check, cls, machine)
+        return _check_precision(check, cls, machine, told)
     elif method.name in DRAWS and "matplotlib" in missing:
         check = check._replace(runs="limited", why=DRAWS[method.name])
     return check, Finding("warning", method.name, f"cannot run here: {check.why}") if check.runs == "no" else None
@@ -99,18 +111,21 @@ def _over(backend: str, machine: Machine) -> str:
     return f"CPUs over {backend}"
 
 
-def _check_precision(check: MethodCheck, cls: Any, machine: Machine) -> MethodCheck:
+def _check_precision(
+    check: MethodCheck, cls: Any, machine: Machine, told: Collection[str]
+) -> tuple[MethodCheck, Finding | None]:
     """Ask the plugins on torchao: they know which version and which device they need."""
     import torch
 
     from lightning_stable.precision._torchao import TorchaoPrecision
 
     if not (isinstance(cls, type) and issubclass(cls, TorchaoPrecision)):
-        return check
+        return check, None
     try:
         plugin = cls()
     except ImportError as error:
-        return check._replace(runs="no", why=first_line(error))
+        check = check._replace(runs="no", why=first_line(error))
+        return check, None if "torchao" in told else _of_the_extra(check)
     formats, refusals = [], []
     for device in _devices(machine):
         try:
@@ -120,11 +135,23 @@ def _check_precision(check: MethodCheck, cls: Any, machine: Machine) -> MethodCh
         else:
             formats.append(f"{plugin._format(torch.device(device))} on {device}")
     if not formats:
-        return check._replace(runs="no", why="; ".join(refusals))
+        return check._replace(runs="no", why="; ".join(refusals)), _of_the_devices(check.name, refusals)
     if _devices(machine) == ["cpu"]:
         formats.append("to be tried, not for speed")
     whole = not refusals and _devices(machine) != ["cpu"]
-    return check._replace(runs="yes" if whole else "limited", why="; ".join([*formats, *refusals]))
+    return check._replace(runs="yes" if whole else "limited", why="; ".join([*formats, *refusals])), None
+
+
+def _of_the_devices(name: str, refusals: Iterable[str]) -> Finding:
+    """Return the finding of a method that no device here can compute. A refusal's second sentence is what to do."""
+    reasons, _, cures = zip(*(refusal.rstrip(".").partition(". ") for refusal in refusals), strict=True)
+    return Finding("warning", name, f"cannot run here: {'; '.join(reasons)}", cures[0])
+
+
+def _of_the_extra(check: MethodCheck) -> Finding:
+    """Return the finding of a method that lacks an optional package only; its message ends with the line to type."""
+    why, _, cure = check.why.partition(": ")
+    return Finding("note", check.name, f"cannot run here: {why}", cure)
 
 
 def _devices(machine: Machine) -> list[str]:

@@ -29,8 +29,8 @@ def verdict(diagnosis: Diagnosis) -> str:
     """Return one line that sums up."""
     count = {level: sum(finding.level == level for finding in diagnosis.findings) for level in ("error", "warning")}
     able = sum(method.runs != "no" for method in diagnosis.methods)
-    methods = f"{able} of {len(diagnosis.methods)} methods run here"
-    parts = [f"{number} {level}{'s' * (number > 1)}" for level, number in count.items() if number]
+    methods = f"{able} of {_counted(len(diagnosis.methods), 'method')} {'runs' if able == 1 else 'run'} here"
+    parts = [_counted(number, level) for level, number in count.items() if number]
     return f"{', '.join(parts) or 'all well'}: {methods}"
 
 
@@ -76,7 +76,8 @@ def print_tables(diagnosis: Diagnosis) -> None:
         console.print(part)
     simply = [method.name for method in diagnosis.methods if not _how(method)]
     if simply:
-        console.print(f"These run here without a condition: {', '.join(simply)}.\n")
+        these = "This runs" if len(simply) == 1 else "These run"
+        console.print(f"{these} here without a condition: {', '.join(simply)}.\n")
     for finding in diagnosis.findings:
         level, _, rest = _sentence(finding).partition(":")
         console.print(f"[{_COLOURS[level]}]{level}[/]:{escape(rest)}", highlight=False)
@@ -85,6 +86,10 @@ def print_tables(diagnosis: Diagnosis) -> None:
 
 def _sentence(finding: Finding) -> str:
     return f"{finding.level}: {finding.subject} {finding.text}." + (f" To do: {finding.cure}" if finding.cure else "")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _how(method: MethodCheck) -> str:
@@ -102,8 +107,8 @@ def _machine(machine: Machine) -> Iterator[tuple[str, str]]:
     """Yield what there is, as names and texts."""
     yield "system", machine.system
     yield "python", machine.python
-    threads = f", {machine.threads} threads of torch" if machine.threads is not None else ""
-    yield "cpu", f"{machine.cores} cores{threads}"
+    threads = f", {_counted(machine.threads, 'thread')} of torch" if machine.threads is not None else ""
+    yield "cpu", f"{_counted(machine.cores, 'core')}{threads}"
     if machine.threads is not None:
         yield "cuda", f"torch is built for {machine.cuda}" if machine.cuda else "torch is built without"
     for index, gpu in enumerate(machine.gpus):

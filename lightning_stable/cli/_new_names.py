@@ -16,8 +16,13 @@ __all__ = ["check_names", "package_name", "project_name"]
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _CLASS = re.compile(r"(?!Test)[A-Z][A-Za-z0-9_]*")
 _LONGEST = 64
-# What a project's folder holds beside its package.
-_FOLDERS = frozenset(("configs", "runs", "tests"))
+# What a project has beside its package: folders, of which its .gitignore leaves some out, and modules of its tests.
+_BESIDE = (
+    *("__pycache__", "build", "configs", "conftest", "dist", "makefile", "runs", "tests"),
+    *("test_contracts", "test_parts", "test_rows", "test_train"),
+)
+# No file or folder of Windows can be called so, whatever its suffix.
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?")
 
 
 def project_name(given: str) -> str:
@@ -37,11 +42,11 @@ def project_name(given: str) -> str:
 
 
 def package_name(project: str) -> str:
-    """Return a name for the Python package of a project, which no module of Python and no folder of it has."""
+    """Return a name for the Python package of a project, which no module of Python and nothing else in it has."""
     name = re.sub(r"[^a-z0-9]+", "_", _plain(project).lower()).strip("_")
     if name[:1].isdigit():
         name = f"project_{name}"
-    return f"{name}_project" if _is_taken(name) else name
+    return f"{name}_project" if _is_taken(name) or name in _BESIDE else name
 
 
 def check_names(answers: Mapping[str, str], reserved: Mapping[str, Sequence[str]]) -> None:
@@ -60,6 +65,8 @@ def check_names(answers: Mapping[str, str], reserved: Mapping[str, Sequence[str]
             continue
         if len(given) > _LONGEST:
             raise CommandError(f"{question} {given[:12]}... has {len(given)} letters. At most {_LONGEST} will do.")
+        if question != "class_name":
+            _check_file(question, given, f"test_{answers.get('method_name')}")
         if question != "project_name":
             _check_identifier(question, given)
         if question in ("project_name", "package_name"):
@@ -69,8 +76,22 @@ def check_names(answers: Mapping[str, str], reserved: Mapping[str, Sequence[str]
                     "project of it needs. Give another one."
                 )
         elif given in reserved[question] or (question == "class_name" and given in dir(builtins)):
-            raise CommandError(f"{question} {given!r} is taken by the files of a plugin. Give another one.")
+            raise CommandError(
+                f"{question} {given!r} is taken by Python, lightning or the files of a plugin. Give another one."
+            )
     _check_method(answers.get("method_name"), answers.get("class_name"))
+
+
+def _check_file(question: str, given: str, test: str) -> None:
+    """Raise if there can be no file or folder of a name, or if a package would get into the way of another one."""
+    if _DEVICE.fullmatch(given.lower()):
+        raise CommandError(
+            f"{question} {given!r} is a device on Windows, where no file or folder can be called so. Give another one."
+        )
+    if question == "package_name" and given.lower() in (*_BESIDE, test):
+        raise CommandError(
+            f"{question} {given!r} is that of another file or folder of the project, or hides one. Give another one."
+        )
 
 
 def _check_method(name: str | None, class_name: str | None) -> None:
@@ -88,11 +109,11 @@ def _check_identifier(question: str, given: str) -> None:
             f"{question} {given!r} is no name in Python: letters, digits and underscores, no digit first."
         )
     if _is_taken(given):
-        raise CommandError(f"{question} {given!r} would hide what Python or the project itself has of that name.")
+        raise CommandError(f"{question} {given!r} would hide what Python has of that name. Give another one.")
 
 
 def _is_taken(name: str) -> bool:
-    return keyword.iskeyword(name) or name in sys.stdlib_module_names or name.lower() in _FOLDERS
+    return keyword.iskeyword(name) or name in sys.stdlib_module_names
 
 
 def _plain(text: str) -> str:

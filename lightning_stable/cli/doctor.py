@@ -3,7 +3,8 @@
 It works where torch or lightning is missing or broken: what fails is a finding, and never a traceback.
 
 Exit code: 0 if all is well, 1 if something that is needed is missing, broken, out of range or known to be bad; with
-``--strict`` 1 also for warnings, such as a method that cannot run here. Notes never count.
+``--strict`` 1 also for warnings, such as a method that this machine cannot run. Notes never count: they tell of what an
+optional package would bring.
 """
 
 import argparse
@@ -28,7 +29,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
     parser.add_argument(
-        "--strict", action="store_true", help="exit with 1 for warnings, too, such as a method that cannot run here"
+        "--strict",
+        action="store_true",
+        help="exit with 1 for warnings, too, such as a method that this machine cannot run",
     )
 
 
@@ -82,11 +85,26 @@ def _print_tables(diagnosis: Diagnosis) -> bool:
 
 @contextlib.contextmanager
 def _patience() -> Iterator[None]:
-    """Say on a terminal that it takes some seconds, and wipe it out."""
+    """Show on a terminal that it takes some seconds, and wipe it out; elsewhere nothing."""
     if not sys.stderr.isatty():
         yield
         return
-    sys.stderr.write("Importing torch, lightning and the plugins ...")
+    text = "Importing torch, lightning and the plugins, which takes some seconds"
+    try:
+        from rich.console import Console
+
+        # The stream itself: what is looked at has its errors sent elsewhere, and the status would follow them.
+        status: contextlib.AbstractContextManager[object] = Console(file=sys.stderr).status(text)
+    except Exception:  # Rich may be missing or broken, which is then among the findings
+        status = _plain_status(text)
+    with status:
+        yield
+
+
+@contextlib.contextmanager
+def _plain_status(text: str) -> Iterator[None]:
+    """Show a line that does not move."""
+    sys.stderr.write(f"{text} ...")
     sys.stderr.flush()
     try:
         yield

@@ -3,6 +3,7 @@
 Those of methods that other distributions add lie in their packages: ``cards/NAME.md``, ``templates/addons/NAME.yaml``.
 """
 
+import difflib
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,12 +18,14 @@ __all__ = [
     "Template",
     "find_project_template",
     "find_template",
+    "list_guides",
     "list_scripts",
     "list_templates",
     "read_card",
     "read_guide",
     "resolve_config",
     "short_path",
+    "suggest",
 ]
 
 TemplateKind = Literal["recipe", "addon"]
@@ -33,18 +36,22 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 GUIDES = (
+    "continual",
     "doctor",
     "export_adapter",
     "extend",
     "faq",
     "finetune",
+    "low_bits",
     "migrate",
+    "pretrain",
     "recipes",
+    "slow_links",
     "start",
     "sweep",
     "task_stream",
 )
-"""Pages about what is no method."""
+"""Pages about what is no method: how to begin, jobs, commands."""
 
 PICTURE_FORMATS = (".png", ".svg", ".pdf")
 """The suffixes that ``lightning-stable plot --output`` takes."""
@@ -95,6 +102,12 @@ def list_scripts() -> list[Path]:
     return sorted((_folder("templates", "templates") / "launch").glob("*.*"))
 
 
+def list_guides() -> list[tuple[str, str]]:
+    """Return the names and headings of the guides that are installed."""
+    paths = [_guide(name) for name in GUIDES]
+    return [(path.stem, _heading(path)) for path in paths if path.is_file()]
+
+
 def find_project_template(name: str) -> Path:
     """Return the folder of a packaged cookiecutter template, ``"scaffold"`` or ``"plugin"``."""
     return _folder("templates", "templates") / name
@@ -108,7 +121,7 @@ def find_template(kind: TemplateKind, name: str) -> Template:
     """
     templates = {template.name: template for template in list_templates(kind)}
     if name not in templates:
-        raise CommandError(f"There is no {kind} {name!r}. {nearest(name, list(templates))}")
+        raise CommandError(f"There is no {kind} {name!r}. {suggest(name, list(templates))}")
     return templates[name]
 
 
@@ -147,12 +160,22 @@ def read_guide(name: str) -> str:
     """Return the Markdown text of a guide.
 
     Raises:
-        CommandError: If this installation has none of that name.
+        CommandError: If this installation has none of that name; the message suggests the near ones.
     """
-    path = _folder("guides", "docs") / f"{name}.md"
+    if name not in GUIDES:
+        raise CommandError(f"There is no guide {name!r}. {suggest(name, list(GUIDES))}")
+    path = _guide(name)
     if not path.is_file():
         raise CommandError(f"The guide {name!r} is not installed. Install the package anew.")
     return path.read_text(encoding="utf-8")
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """Return the near ones among the names of what is packaged, and where all are: there are too many for an error."""
+    # Of so many names some are always half alike.
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
+    where = "'lightning-stable list' prints all names."
+    return f"{nearest(name.lower(), near)} {where}" if near else where
 
 
 def short_path(path: Path) -> str:
@@ -168,6 +191,14 @@ def _added_addons() -> list[Path]:
     names = [(e.folder, addon) for e in extensions() for method in e.methods for addon in addons_of(method)]
     paths = (folder / "templates" / FOLDERS["addon"] / f"{name}.yaml" for folder, name in names)
     return [path for path in paths if path.is_file()]
+
+
+def _guide(name: str) -> Path:
+    return _folder("guides", "docs") / f"{name}.md"
+
+
+def _heading(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
 
 
 def _folder(installed: str, in_source: str) -> Path:

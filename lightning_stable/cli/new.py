@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from lightning_stable._extensions import PAGES, host_classes
 from lightning_stable.cli._new_names import check_names, package_name, project_name
 from lightning_stable.cli._new_template import answer, check_answers, check_folder, reserved, write_project
 from lightning_stable.cli.locate import CommandError, short_path
@@ -29,6 +30,12 @@ _CHOICES = {
     "peft": "none, pissa, lora_ga, eva, loldu, svfit; for causal_lm",
     "strategy": "none, ddp, co2, local_sgd, slowmo, diloco, compressed_ddp, one_bit_adam",
 }
+
+# Nothing may be downloaded unasked, so that is how a project begins; what it learns then is no fine-tuning.
+_ON_RANDOM_WEIGHTS = (
+    "The adapters sit on random weights until model.init_args.pretrained in configs/train.yaml names a model: a folder "
+    "of save_pretrained, or a name on the hub."
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     answers = answer(template, given, defaults, ask=not options.no_input)
     _check(template, answers)
     folder = write_project(template, answers, output, force=options.force)
-    _report(folder, answers["package_name"], options.plugin)
+    _report(folder, answers, options.plugin)
     return 0
 
 
@@ -104,6 +111,10 @@ def _check(template: str, answers: dict[str, str]) -> None:
     check_answers(template, answers)
     check_names(answers, reserved(template))
     name, class_name = answers.get("method_name", ""), answers.get("class_name", "")
+    if name in PAGES:
+        raise CommandError(f"There is a guide or recipe {name!r} already. Give another method_name.")
+    if class_name and class_name in host_classes():
+        raise CommandError(f"There is a class {class_name!r} already, of lightning. Give another class_name.")
     for method in methods() if name or class_name else ():
         if name in (method.name, *method.addons):
             raise CommandError(f"There is a method {name!r} already: {method.class_path}. Give another method_name.")
@@ -111,10 +122,10 @@ def _check(template: str, answers: dict[str, str]) -> None:
             raise CommandError(f"There is a class {class_name!r} already, of {method.name}. Give another class_name.")
 
 
-def _report(folder: Path, package: str, plugin: bool) -> None:
+def _report(folder: Path, answers: dict[str, str], plugin: bool) -> None:
     """Say what was written and what comes next."""
     path = short_path(folder)
-    lines = [f"Written: {path} (package {package})", "", f"  cd {shlex.quote(path)}"]
+    lines = [f"Written: {path} (package {answers['package_name']})", "", f"  cd {shlex.quote(path)}"]
     # Which Python `make` would find is a matter of the shell.
     found = shutil.which("python3")
     same = found is not None and Path(found).parent == Path(sys.executable).parent
@@ -123,7 +134,10 @@ def _report(folder: Path, package: str, plugin: bool) -> None:
         lines += [f"  make install{python}", f"  make test{python}", "  lightning-stable list"]
     else:
         lines += [f"  make test{python}", f"  make train{python}"]
-    sys.stdout.write("\n".join([*lines, "", "README.md says more.", ""]))
+    lines.append("")
+    if answers.get("peft", "none") != "none":
+        lines.append(_ON_RANDOM_WEIGHTS)
+    sys.stdout.write("\n".join([*lines, "README.md says more.", ""]))
 
 
 def _quote_for_make(path: str) -> str:

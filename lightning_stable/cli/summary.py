@@ -20,6 +20,7 @@ __all__ = [
     "Metrics",
     "budget_rows",
     "last_validation",
+    "logged_budgets",
     "print_summary",
     "read_metrics",
     "validation_metrics",
@@ -93,6 +94,18 @@ def budget_rows(metrics: Metrics, budgets: list[int], folders: list[Path], late:
     return rows
 
 
+def logged_budgets(metrics: Metrics, budgets: list[int], late: int = 0) -> list[int]:
+    """Return the budgets that do not lie before the log of a run that went on from a checkpoint.
+
+    Args:
+        metrics: The run's log.
+        budgets: Step counts, increasing.
+        late: By how many steps the log's numbers are too high, as they are after some resumes.
+    """
+    first = min((points[0][0] for points in metrics.values()), default=0)
+    return [budget for budget in budgets if budget - 1 + late >= first]
+
+
 def last_validation(metrics: Metrics, late: int = 0) -> str:
     """Return a line with what the last validation measured; nothing where there was none.
 
@@ -120,9 +133,15 @@ def print_summary(trainer: Trainer, folder: Path) -> None:
         return
     csv_file = _metrics_file(trainer)
     metrics = read_metrics(csv_file) if csv_file else {}
-    budgets = _budgets(trainer)
+    budgets = reached = _budgets(trainer)
+    if trainer.ckpt_path is not None:
+        # Earlier budgets are in the log of the earlier run, which is not read: the checkpoint may have been moved away
+        # from it, and a log beside it may go beyond the checkpoint or be that of another run.
+        budgets = logged_budgets(metrics, reached, _late(trainer))
     if metrics and budgets:
         _print_table(budget_rows(metrics, budgets, _checkpoint_folders(trainer, folder), _late(trainer)))
+        if earlier := reached[: -len(budgets)]:
+            sys.stdout.write(_earlier(earlier))
     elif not any(isinstance(callback, StabilityGap) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         sys.stdout.write(last_validation(metrics, _late(trainer)))
     if metrics:
@@ -203,6 +222,15 @@ def _missed(steps: list[int]) -> str:
     return (
         f"No validation ran at step{plural} {', '.join(map(str, steps))}. For a number there let "
         "trainer.val_check_interval divide the budgets and trainer.max_steps, with check_val_every_n_epoch: null."
+    )
+
+
+def _earlier(steps: list[int]) -> str:
+    """Say which budgets have no row, and where their numbers are."""
+    plural = "s" if len(steps) > 1 else ""
+    return (
+        f"Budget{plural} {', '.join(map(str, steps))}: before the log of this run, which went on from a checkpoint; "
+        "see the table of the earlier run.\n"
     )
 
 

@@ -1,5 +1,6 @@
 """``list``, ``show``, ``--help`` and ``--version``: what they print, their exit codes, and that they stay light."""
 
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ from added_plugins import site  # noqa: F401  a fixture
 
 import lightning_stable
 from lightning_stable.cli import locate
-from lightning_stable.cli.locate import list_scripts, list_templates, read_card
+from lightning_stable.cli.locate import GUIDES, list_scripts, list_templates, read_card
 from lightning_stable.cli.main import COMMANDS, main
 from lightning_stable.registry import METHODS
 
@@ -24,7 +25,22 @@ def test_list_is_one_plain_line_for_each_thing_off_a_terminal(capsys):
         for template in list_templates(kind):
             (line,) = [line for line in lines if line.split()[:2] == [kind, template.name]]
             assert line.endswith(template.summary)
-    assert len(lines) == len(METHODS) + len(list_templates("recipe")) + len(list_templates("addon"))
+    assert "guide   task_stream             Task streams" in lines
+    assert "script  several_machines.slurm  Starts a recipe on several machines by SLURM" in lines
+    others = [line for line in lines if line.split()[0] in ("guide", "script")]
+    assert len(others) == len(GUIDES) + len(list_scripts())
+    assert len(lines) == len(METHODS) + len(list_templates("recipe")) + len(list_templates("addon")) + len(others)
+    assert max(map(len, lines)) <= 155
+
+
+def test_list_has_every_name_that_show_takes(capsys):
+    assert main(["list"]) == 0
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    for kind, name in rows:
+        assert main(["show", f"{kind}:{name}" if kind in ("recipe", "addon", "guide") else name]) == 0
+    shown = {*GUIDES, *(method.name for method in METHODS), *(path.name for path in list_scripts())}
+    shown |= {template.name for kind in ("recipe", "addon") for template in list_templates(kind)}
+    assert {name for _, name in rows} == shown
 
 
 def test_list_shows_tables_on_a_terminal(capsys, monkeypatch):
@@ -34,6 +50,24 @@ def test_list_shows_tables_on_a_terminal(capsys, monkeypatch):
     assert "Methods" in out
     assert "quickstart" in out
     assert "wsd_s" in out
+
+
+@pytest.mark.parametrize(
+    ("width", "classes", "papers"), [(50, False, False), (80, True, False), (130, True, True), (200, True, True)]
+)
+def test_the_tables_fit_a_terminal_and_cut_no_name(capsys, monkeypatch, width, classes, papers):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["list"]) == 0
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in out
+    table = lines[: next(index for index, line in enumerate(lines) if line.startswith("Recipes"))]
+    for method in METHODS:
+        (line,) = [line for line in table if line.startswith(f"  {method.name} ")]
+        assert (method.class_name in re.split(" {2,}", line)) is classes
+    assert ("2404.06395" in out) is papers
 
 
 @pytest.fixture
@@ -55,7 +89,7 @@ def test_list_marks_what_comes_from_elsewhere(added, capsys, monkeypatch):
     assert "FarPlugin" in line
     assert line.endswith("A method of somebody else, for tests (from far-plugin 1.2)")
     assert [line for line in lines if "(from " in line] == [line]
-    assert [line.split()[1] for line in lines if line.startswith("addon") and "addon:far" in line] == [
+    assert [line.split()[1] for line in lines if line.startswith("addon  far")] == [
         "far_plugin",
         "farther",
     ]
@@ -63,6 +97,16 @@ def test_list_marks_what_comes_from_elsewhere(added, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert main(["list"]) == 0
     assert "Methods from far-plugin 1.2" in capsys.readouterr().out
+
+
+def test_a_summary_of_others_is_printed_as_it_is(site, capsys, monkeypatch):  # noqa: F811
+    row = "Method('far_plugin', 'callback', 'far_plugin.plugin.FarPlugin', '[/]', 'like [/b] and :smile: \\\\')"
+    site.add("far_plugin", rows=f"from lightning_stable.registry import Method\nMETHODS = {row}")
+    monkeypatch.setenv("COLUMNS", "200")
+    for terminal in (False, True):
+        monkeypatch.setattr("sys.stdout.isatty", lambda terminal=terminal: terminal)
+        assert main(["list"]) == 0
+        assert "like [/b] and :smile: \\" in capsys.readouterr().out
 
 
 def test_show_and_addons_find_what_comes_from_elsewhere(added, capsys):
@@ -96,9 +140,36 @@ def test_show_prints_a_guide(capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out.startswith("# Task streams\n")
     assert main(["show", "task_strem"]) == 2
     assert "'task_stream'" in capsys.readouterr().err
+    assert main(["show", "guide:task_strem"]) == 2
+    assert "no guide 'task_strem'. Did you mean 'task_stream'?" in capsys.readouterr().err
     monkeypatch.setattr(locate, "_PACKAGE", tmp_path / "package")
     assert main(["show", "task_stream"]) == 2
     assert "The guide 'task_stream' is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "heading", "others"),
+    [
+        ("continual", "# ContinualMetrics", ["guide:continual"]),
+        ("guide:continual", "# Continual learning", []),
+        ("stability_gap", "# StabilityGap", ["recipe:stability_gap", "addon:stability_gap"]),
+        ("pretrain", "# Pretrain", []),
+    ],
+)
+def test_what_else_has_the_name_of_a_method_is_told_beside_its_card(name, heading, others, capsys):
+    assert main(["show", name]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{heading}\n")
+    named = ", ".join(f"lightning-stable show {other}" for other in others)
+    assert err == (f"Also of this name: {named}\n" if others else "")
+
+
+def test_guides_lead_to_no_page_that_show_has_not():
+    # What is on the website only: what is said of it is a result, a table, the API.
+    elsewhere = {"api", "architecture", "benchmarks", "capabilities"}
+    for guide in GUIDES:
+        pages = set(re.findall(r"\]\((\w+)\.md", locate.read_guide(guide)))
+        assert pages <= {*GUIDES, *elsewhere}, guide
 
 
 def test_show_renders_on_a_terminal(capsys, monkeypatch):
@@ -137,6 +208,12 @@ def test_the_recipe_for_several_machines_says_how_to_start_it(capsys):
         (["show", "wsdd"], ["'wsdd'", "'wsd'"]),
         (["show", "several_machines.slrm"], ["script", "'several_machines.slurm'"]),
         (["show", "addon:emaa"], ["addon 'emaa'", "'ema'"]),
+        (["show", "nosuch"], ["'nosuch'", "'lightning-stable list'"]),
+        (["show", "nothing"], ["script 'nothing'. 'lightning-stable list'"]),
+        (["show", "guide:lowbits"], ["guide 'lowbits'", "'low_bits'"]),
+        (["show", "EMA"], ["'EMA'", "'ema'", "'lightning-stable list'"]),
+        (["show", "addon:nosuch"], ["addon 'nosuch'", "'lightning-stable list'"]),
+        (["run", "nosuch"], ["recipe 'nosuch'", "'lightning-stable list'"]),
         (["show"], ["NAME", "show --help"]),
         (["show", "wsd", "more"], ["more"]),
         (["list", "--long"], ["--long"]),
@@ -155,6 +232,8 @@ def test_wrong_use_is_one_line_and_exit_code_2(arguments, parts, capsys):
     assert len(err.splitlines()) == 1
     for part in parts:
         assert part in err
+    if arguments[:1] == ["show"] or arguments[-1:] == ["nosuch"]:
+        assert len(err) < 250, "no list of all the names"
 
 
 def test_a_file_given_to_run_is_sent_to_fit(tmp_path, capsys):

@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import json
+import re
 import sys
+import time
 from email.message import Message
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 import lightning_stable
 from lightning_stable.cli import _doctor_packages, doctor
-from lightning_stable.cli._doctor_findings import Diagnosis, Finding, Gpu, MethodCheck, Package
+from lightning_stable.cli._doctor_findings import Diagnosis, Finding, Gpu, MethodCheck, Package, quietly
 from lightning_stable.cli._doctor_methods import check_methods
 from lightning_stable.cli._doctor_packages import KNOWN_BAD, check_packages, import_problems, is_harmful
 from lightning_stable.cli.main import main
@@ -263,16 +265,59 @@ def test_off_a_terminal_each_thing_is_one_line(monkeypatch, capsys):
 def test_on_a_terminal_there_are_tables_also_without_rich(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "diagnose", lambda: BAD)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert main(["doctor"]) == 1
-    out, err = capsys.readouterr()
+    out = capsys.readouterr().out
     assert "Packages" in out
     assert "Big [1]" in out, "text in brackets is no markup"
-    assert "These run here without a condition: ema." in out
-    assert "Importing torch" in err
+    assert "This runs here without a condition: ema." in out
     monkeypatch.setitem(sys.modules, "rich.table", None)
     assert main(["doctor"]) == 1
     assert "method   ema" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("without", [None, "rich.console"])
+def test_a_terminal_shows_that_it_takes_a_while_and_nothing_else_does(monkeypatch, capsys, without):
+    monkeypatch.setenv("TERM", "xterm")  # Rich moves nothing on a dumb one
+    seen = []
+
+    def diagnose():
+        with quietly():  # sends the errors of what is looked at elsewhere, and not the status
+            time.sleep(0.3)
+        seen.append(capsys.readouterr().err)
+        return GOOD
+
+    monkeypatch.setattr(doctor, "diagnose", diagnose)
+    assert main(["doctor", "--json"]) == 0
+    assert seen.pop() + capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    if without:
+        monkeypatch.setitem(sys.modules, without, None)
+    assert main(["doctor", "--json"]) == 0
+    assert (seen[0].count("Importing torch") > 1) is (without is None), "Rich shows that it goes on"
+    assert "Importing torch" in seen[0]
+    out, err = capsys.readouterr()
+    assert err.endswith("\033[K") or err.endswith("\033[2K"), "it is wiped out"
+    assert json.loads(out)["exit_code"] == 0
+
+
+@pytest.mark.parametrize(
+    ("cores", "runs", "parts"),
+    [
+        (1, ("yes",), ["1 core, 1 thread of torch", "1 of 1 method runs here"]),
+        (4, ("yes", "no"), ["4 cores, 4 threads of torch", "1 of 2 methods runs here"]),
+        (2, ("no",), ["2 cores, 2 threads of torch", "0 of 1 method run here"]),
+    ],
+)
+def test_numbers_have_the_right_plural(monkeypatch, capsys, cores, runs, parts):
+    methods = tuple(MethodCheck(f"m{index}", "callback", each) for index, each in enumerate(runs))
+    found = Diagnosis((), CPU._replace(cores=cores, threads=cores), methods, ())
+    monkeypatch.setattr(doctor, "diagnose", lambda: found)
+    for terminal in (False, True):
+        monkeypatch.setattr("sys.stdout.isatty", lambda terminal=terminal: terminal)
+        assert main(["doctor"]) == 0
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+        for part in parts:
+            assert [line for line in lines if line.rstrip().endswith(part)], part
 
 
 def test_doctor_looks_at_this_machine(capsys):
@@ -282,6 +327,20 @@ def test_doctor_looks_at_this_machine(capsys):
     assert {"torch", "lightning", "peft"} <= {package["name"] for package in found["packages"]}
     assert {method["name"] for method in found["methods"]} >= {method.name for method in METHODS}
     assert found["machine"]["processes"]["cpu"] >= 1
+
+
+def test_a_machine_without_the_extras_passes_the_strict_gate_and_is_told_once_of_each(installed, monkeypatch, capsys):
+    installed(pytorch_lightning=None, torchao=None, matplotlib=None)
+    monkeypatch.setattr("lightning_stable.precision._torchao.version", importlib.metadata.version)
+    monkeypatch.setattr(_doctor_packages, "_import_problem", lambda name: None)
+    monkeypatch.setattr("lightning_stable.cli._doctor_machine.check_machine", lambda torch_works: (CPU, []))
+    assert main(["doctor", "--strict", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(each["level"], each["subject"], each["cure"]) for each in found["findings"]] == [
+        ("note", "torchao", "pip install 'lightning-stable[torchao]'"),
+        ("note", "matplotlib", "pip install 'lightning-stable[plots]'"),
+    ]
+    assert {method["name"] for method in found["methods"] if method["runs"] == "no"} == {"float8", "int8"}
 
 
 def test_a_missing_torch_is_a_finding_and_no_traceback(installed, monkeypatch, capsys):

@@ -170,8 +170,12 @@ def test_without_torchao_its_methods_say_how_to_get_it(monkeypatch):
     for name in ("float8", "int8"):
         assert named(methods, name).runs == "no"
         assert 'pip install "lightning-stable[torchao]"' in named(methods, name).why
-        assert named(findings, name).level == "warning"
+        finding = named(findings, name)
+        assert (finding.level, finding.cure) == ("note", 'pip install "lightning-stable[torchao]"')
+        assert "pip install" not in finding.text
     assert len(findings) == 2
+    without = Package("torchao", None, ">=0.18", "torchao", "missing")
+    assert check_methods([without], CPU)[1] == [], "the package itself is the finding"
 
 
 @pytest.mark.parametrize(
@@ -182,10 +186,14 @@ def test_without_torchao_its_methods_say_how_to_get_it(monkeypatch):
 def test_precision_plugins_are_asked_for_the_gpu(monkeypatch, capability, float8, int8):
     fake_torch(monkeypatch, [], ("Some GPU", *capability))
     gpu = Gpu("Some GPU", "{}.{}".format(*capability), 80.0)
-    methods, _ = check_methods([], CPU._replace(gpus=(gpu,), processes={"cpu": 2, "cuda": 1}))
+    methods, findings = check_methods([], CPU._replace(gpus=(gpu,), processes={"cpu": 2, "cuda": 1}))
     assert (named(methods, "float8").runs, named(methods, "int8").runs) == (float8, int8)
     if float8 == "no":
         assert "8.9" in named(methods, "float8").why
+        finding = named(findings, "float8")
+        assert finding.level == "warning", "no install helps"
+        assert finding.text.endswith("cuda:0 (Some GPU) has {}.{}".format(*capability))
+        assert finding.cure.startswith("Use SimulatedPrecision")
     assert named(methods, "co2").runs == "limited", "no nccl for the GPU"
 
 

@@ -120,6 +120,16 @@ def test_every_question_and_choice_is_put_in_words(template):
         (["demo", "--plugin", "--set", "class_name=ValueError"], ["class_name 'ValueError'", "files of a plugin"]),
         (["demo", "--plugin", "--set", "class_name=noise"], ["class_name 'noise'", "capital"]),
         (["demo", "--plugin", "--set", "class_name=TestNoise"], ["class_name 'TestNoise'", "Test"]),
+        (["demo", "--plugin", "--set", "class_name=XLAStrategy"], ["class 'XLAStrategy'", "of lightning"]),
+        (["demo", "--plugin", "--set", "method_name=doctor"], ["guide or recipe 'doctor'", "method_name"]),
+        (["demo", "--plugin", "--set", "method_name=quickstart"], ["guide or recipe 'quickstart'", "method_name"]),
+        (["demo", "--plugin", "--set", "method_name=conftest"], ["method_name 'conftest'", "files of a plugin"]),
+        (["demo", "--plugin", "--set", "method_name=aux"], ["method_name 'aux'", "Windows"]),
+        (["demo", "--set", "package_name=build"], ["package_name 'build'", "another file or folder"]),
+        (["demo", "--set", "package_name=conftest"], ["package_name 'conftest'", "another file or folder"]),
+        (["test-gradient-noise", "--plugin"], ["package_name 'test_gradient_noise'", "another file or folder"]),
+        (["con"], ["project_name 'con'", "Windows"]),
+        (["CON.x"], ["project_name 'CON.x'", "Windows"]),
         ([], ["NAME", "new --help"]),
     ],
     ids=" ".join,
@@ -163,6 +173,16 @@ def test_it_goes_where_it_is_told_and_says_what_comes_next(capsys):
     assert "make install" in capsys.readouterr().out
 
 
+def test_the_output_says_what_adapters_sit_on(capsys):
+    for peft in CHOICES["peft"]:
+        new(f"with-{peft}".replace("_", "-"), "--no-input", "--task", "causal_lm", "--peft", peft)
+        told = [line for line in capsys.readouterr().out.splitlines() if "random weights" in line]
+        assert len(told) == (peft != "none")
+        assert all("model.init_args.pretrained in configs/train.yaml" in line for line in told)
+    config = yaml.safe_load(Path("with-pissa/configs/train.yaml").read_text())
+    assert config["model"]["init_args"]["pretrained"] is None, "the place that is named is there"
+
+
 def test_the_output_names_what_the_name_became(capsys):
     new("1 bad name!", "--no-input")
     assert capsys.readouterr().out.startswith("Written: 1-bad-name (package project_1_bad_name)\n")
@@ -187,8 +207,8 @@ def test_the_makefile_of_a_plugin_says_what_is_missing(tmp_path):
     fake.mkdir()
     (fake / "setuptools.py").write_text("__version__ = '65.5.0'")
     (fake / "lightning_stable.py").write_text("")  # no package: its commands cannot be imported
-    for target, part in (("install", "pip install -U 'setuptools>=77'"), ("list", "lightning_stable")):
-        command = ["make", target, f"PYTHON=PYTHONPATH={fake} {sys.executable}"]
+    for target, part in (("install", "pip install -U 'setuptools>=70.1'"), ("list", "lightning_stable")):
+        command = ["make", target, f"PYTHON=PIP_NO_INDEX=1 PIP_FIND_LINKS= PYTHONPATH={fake} {sys.executable}"]
         done = subprocess.run(command, cwd="demo", capture_output=True, text=True, check=False)
         assert done.returncode != 0
         assert part in done.stderr

@@ -1,5 +1,7 @@
 """Names of what ``lightning-stable new`` writes, and that cookiecutter alone writes and refuses the same."""
 
+import ast
+import importlib
 import importlib.metadata
 import re
 import sys
@@ -10,7 +12,8 @@ from cookiecutter.exceptions import FailedHookException
 from cookiecutter.main import cookiecutter
 from packaging.requirements import Requirement
 
-from lightning_stable._extensions import NAME
+from lightning_stable._extensions import NAME, host_classes
+from lightning_stable.cli import _new_names
 from lightning_stable.cli._new_names import package_name, project_name
 from lightning_stable.cli._new_template import reserved
 from lightning_stable.cli.locate import CommandError, find_project_template
@@ -48,6 +51,9 @@ def new(*arguments):
         ("class", "class", "class_project"),
         ("tests", "tests", "tests_project"),
         ("json", "json", "json_project"),
+        ("build", "build", "build_project"),
+        ("Dist", "Dist", "dist_project"),
+        ("conftest", "conftest", "conftest_project"),
         ("--x--", "x", "x"),
     ],
 )
@@ -80,10 +86,11 @@ def test_the_names_of_what_a_project_needs_are_reserved():
 
 
 def test_the_classes_of_the_host_and_of_the_template_are_reserved():
-    import lightning.pytorch.callbacks as host
-
     names = set(reserved("plugin")["class_name"])
-    assert set(host.__all__) <= names
+    for room in ("callbacks", "strategies", "plugins"):
+        public = set(importlib.import_module(f"lightning.pytorch.{room}").__all__)
+        assert public <= names
+        assert public - {"AsyncCheckpointIO", "CheckpointIO", "TorchCheckpointIO", "XLACheckpointIO"} <= host_classes()
     new("demo", "--plugin", "--no-input")
     for name, text in files("demo").items():
         if name.endswith(".py"):
@@ -92,8 +99,24 @@ def test_the_classes_of_the_host_and_of_the_template_are_reserved():
             assert {word for word in words if word[:1].isupper()} - {"GradientNoise", "TestContracts"} <= names
 
 
-def test_the_hook_knows_the_pattern_of_the_registry():
-    assert NAME.pattern in (find_project_template("plugin") / "hooks/pre_gen_project.py").read_text()
+def test_the_hooks_know_the_patterns_and_the_names_of_the_command():
+    hooks = [(find_project_template(name) / "hooks/pre_gen_project.py").read_text() for name in ("plugin", "scaffold")]
+    assert NAME.pattern in hooks[0]
+    for hook in hooks:
+        assert _new_names._DEVICE.pattern in hook
+        (names,) = re.findall(r"^BESIDE = (\(.*?^\))", hook, re.MULTILINE | re.DOTALL)
+        assert ast.literal_eval(names) == _new_names._BESIDE
+
+
+def test_what_lies_beside_a_package_is_reserved():
+    beside = set()
+    for options in ([], ["--plugin"]):
+        new("demo", "--no-input", "--force", *options)
+        beside |= {path.name.lower() for path in Path("demo").iterdir() if "." not in path.name}
+        beside |= {path.stem for path in Path("demo/tests").glob("*.py")}
+        beside |= set(re.findall(r"^(\w+)/$", Path("demo/.gitignore").read_text(), re.MULTILINE))
+    # The package, and the test that is called as the method.
+    assert beside - {"demo", "test_gradient_noise"} == set(_new_names._BESIDE)
 
 
 def normal(name):
@@ -127,6 +150,11 @@ def test_cookiecutter_itself_writes_the_same(template, tmp_path, monkeypatch):
         ("plugin", {"class_name": "ValueError"}, "class_name 'ValueError'"),
         ("plugin", {"method_name": "methods"}, "method_name 'methods'"),
         ("plugin", {"method_name": "a__b"}, "method_name 'a__b'"),
+        ("plugin", {"method_name": "aux"}, "method_name 'aux'"),
+        ("plugin", {"project_name": "conftest"}, "package_name 'conftest'"),
+        ("plugin", {"package_name": "test_gradient_noise"}, "package_name 'test_gradient_noise'"),
+        ("scaffold", {"project_name": "CON.x"}, "project_name 'CON.x'"),
+        ("scaffold", {"package_name": "build"}, "package_name 'build'"),
     ],
     ids=str,
 )

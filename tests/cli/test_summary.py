@@ -8,7 +8,7 @@ import torch
 
 from lightning_stable.cli.main import main
 from lightning_stable.cli.picture import draw_training
-from lightning_stable.cli.summary import budget_rows, last_validation, read_metrics, validation_metrics
+from lightning_stable.cli.summary import budget_rows, last_validation, logged_budgets, read_metrics, validation_metrics
 
 LOG = """\
 epoch,step,lr-AdamW,train_loss,val_accuracy,val_accuracy_live,val_loss,val_loss_live,wsd/phase
@@ -46,6 +46,13 @@ def test_rows_hold_what_was_measured_at_the_budget(metrics, tmp_path):
     assert third.values["val_loss"] == 0.25
     (shifted,) = budget_rows(metrics, [19], [], late=1)
     assert shifted.values["val_loss"] == 0.25, "after a resume the log's numbers are one too high"
+
+
+def test_budgets_before_a_log_have_no_row():
+    metrics = {"lr-AdamW": [(605, 0.01), (611, 0.01)], "val_loss": [(629, 0.5)]}
+    assert logged_budgets(metrics, [300, 600, 605, 606, 630]) == [606, 630]
+    assert logged_budgets(metrics, [300, 600, 605, 606, 630], late=1) == [605, 606, 630]
+    assert logged_budgets({}, [300]) == [300]
 
 
 def test_the_last_validation_is_a_line(metrics):
@@ -151,6 +158,9 @@ def test_an_interrupted_quickstart_leaves_a_checkpoint_to_go_on_from(quickstart,
     assert torch.load(last, weights_only=True)["global_step"] == 5
     out = quickstart(*interval, "--ckpt_path", str(last))
     assert "At each budget" in out
+    (row,) = [line.split() for line in out.splitlines() if line.split()[:1] in (["4"], ["8"])]
+    assert (row[0], row[-1]) == ("8", "budget-8.ckpt"), "no row of dashes for what the earlier run has measured"
+    assert "Budget 4: before the log of this run" in out
 
 
 def test_without_matplotlib_it_says_how_to_get_the_picture(quickstart, monkeypatch):

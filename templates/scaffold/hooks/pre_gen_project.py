@@ -7,6 +7,13 @@ import sys
 
 # Quotes come as escapes, so that this is one string whatever the answers are.
 ANSWERS = json.loads(r'''{{ cookiecutter | tojson }}''')
+# What a project has beside its package: folders, of which its .gitignore leaves some out, and modules of its tests.
+BESIDE = (
+    "__pycache__", "build", "configs", "conftest", "dist", "makefile", "runs", "tests",
+    "test_contracts", "test_parts", "test_rows", "test_train",
+)
+# No file or folder of Windows can be called so, whatever its suffix.
+DEVICE = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?")
 
 
 def main() -> None:
@@ -31,9 +38,16 @@ def check_names() -> None:
             sys.exit(f"{question} has {len(name)} letters. At most 64 will do.")
         if re.sub(r"[-_.]+", "_", name).lower() in ANSWERS["_reserved"]["packages"]:
             sys.exit(f"{question} {name!r} is that of a package that the project itself needs. Choose another.")
+        check_file(question)
     check_identifier("package_name")
-    if package.lower() in ("configs", "runs", "tests"):
-        sys.exit(f"package_name {package!r} is that of another folder of the project. Choose another.")
+    if package.lower() in BESIDE:
+        sys.exit(f"package_name {package!r} is that of another file or folder of the project. Choose another.")
+
+
+def check_file(question: str) -> None:
+    """Refuse a name that no file or folder can have."""
+    if DEVICE.fullmatch(ANSWERS[question].lower()):
+        sys.exit(f"{question} {ANSWERS[question]!r} is a device on Windows, where no file can be called so.")
 
 
 def check_identifier(question: str) -> None:
