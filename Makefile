@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)
 	$(BIN)/lightning-stable run quickstart
 
-# One process a core, one thread each. The processes of one test talk to each other, so each worker has its own pair.
+# One thread each. The processes of one test talk to each other, so each worker has its own pair.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 

@@ -2,6 +2,9 @@
 
 A config may begin with all of a packaged recipe: ``extends: lm_pretrain``, on a line of its own at the left margin. It
 is read as if ``--config recipe:lm_pretrain`` stood before it, so it says only what differs.
+
+Files take the place of what stands before them, such as a list of callbacks. An addon adds to all of them, so it is
+read after the last file, wherever it was given.
 """
 
 import itertools
@@ -14,9 +17,14 @@ import yaml
 
 from lightning_stable.cli.locate import CommandError, resolve_config
 
-__all__ = ["Config", "read_configs", "walk_arguments"]
+__all__ = ["Config", "addons_last", "read_configs", "walk_arguments"]
 
 _EXTENDS = re.compile(r"^(?P<quote>['\"]?)extends(?P=quote)[ \t]*:(?P<name>[^#\n]*)(#[^\n]*)?$", re.MULTILINE)
+
+# As the parser takes them: it lets names be shortened.
+_SPELLINGS = {"-c", *("--config"[:length] for length in range(len("--co"), len("--config") + 1))}
+
+_SWEEP_RECORD = "lightning_stable.cli._sweep_record.SweepRecord"
 
 # A config that says nothing. The parser takes no empty text, nor comments alone.
 _EMPTY = "{}"
@@ -56,6 +64,11 @@ class Config(NamedTuple):
         found = self.content.get("trainer")
         return found if isinstance(found, dict) else {}
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is what a sweep adds for one run: made from the other configs and addons, to come after all."""
+        return _SWEEP_RECORD in self.text and list(self.content) == ["trainer"]
+
     def check(self) -> None:
         """Raise ``CommandError`` if it is no YAML, or its ``trainer`` would take the place of all settings before."""
         found = self.content.get("trainer", {})
@@ -94,10 +107,69 @@ def walk_arguments(arguments: Sequence[str]) -> Iterator[Config | tuple[str, str
     """Yield the configs of a command line, each after those that it extends, and ``(name, value)`` of other options."""
     for argument, following in itertools.pairwise([*arguments, ""]):
         name, equals, value = argument.partition("=")  # of --trainer.callbacks+=EMA the name keeps its plus
-        if name in ("-c", "--config"):
-            yield from read_configs(value if equals else following)
+        if (config := _config_of(argument, following)) is not None:
+            yield from read_configs(config)
         elif name.startswith("--"):
             yield name, value if equals else following
+
+
+def addons_last(arguments: Sequence[str]) -> list[str]:
+    """Return a command line in the order in which it is read: no addon stands before a file.
+
+    The files behind the first addon are moved to before it. Addons keep their order, and files theirs. An option stays
+    behind the addons that it stood behind, as it may choose; one that a file takes the place of stays before that file.
+
+    Args:
+        arguments: The sub-command and its options.
+
+    Raises:
+        CommandError: If a config cannot be read.
+    """
+    parts: list[list[str]] = [[]]
+    for argument in arguments:
+        if argument.startswith(("--", "-c")):
+            parts.append([])
+        parts[-1].append(argument)
+    given = [_config_of(*part) for part in parts]
+    first = next((place for place, name in enumerate(given) if (name or "").startswith("addon:")), len(parts))
+    configs = {place: read_configs(name) for place, name in enumerate(given) if name is not None and place >= first}
+    addons = {place: found[-1] for place, found in configs.items() if found[-1].is_addon}
+    files = {place: found for place, found in configs.items() if not (found[-1].is_addon or found[-1].is_settled)}
+
+    def is_ahead(place: int) -> bool:
+        if place < first or place in configs:
+            return place < first or place in files
+        before = [addon for other, addon in addons.items() if other < place]
+        later = [config for other, found in files.items() if other > place for config in found]
+        return _gives_way(parts[place][0], before, later)
+
+    places = sorted(range(len(parts)), key=lambda place: not is_ahead(place))
+    return [argument for place in places for argument in parts[place]]
+
+
+def _gives_way(option: str, addons: Sequence[Config], files: Sequence[Config]) -> bool:
+    """Tell whether an option goes before the files behind it: one says the same, and it is no choice over an addon."""
+    is_choice = not option.startswith("--vars") and any(_says(addon, option) for addon in addons)
+    return not is_choice and any(_says(file, option) for file in files)
+
+
+def _config_of(argument: str = "", following: str = "", *_: str) -> str | None:
+    """Return the config that an argument gives, perhaps by the one that follows; ``None`` if it gives none."""
+    name, equals, value = argument.partition("=")
+    if name in _SPELLINGS:
+        return value if equals else following
+    return argument[2:] if argument.startswith("-c") else None
+
+
+def _says(config: Config, option: str) -> bool:
+    """Tell whether a config says what an option says, too: under its key, or for the class that stands there."""
+    found: Any = config.content
+    for key in option.partition("=")[0].lstrip("-").rstrip("+").split("."):
+        settings = found.get("init_args") if isinstance(found, dict) and key not in found else found
+        if not isinstance(settings, dict) or key not in settings:
+            return False
+        found = settings[key]
+    return True
 
 
 def _says_nothing(text: str) -> bool:

@@ -1,7 +1,8 @@
 """What a run takes once and was given twice: strategies, precisions, schedules, averages, or any one plugin.
 
 Configs are merged key by key, so without this the strategy of one addon would take the place of another's without a
-word. An addon takes no other config's place. A file or an option that comes later does: there the user has chosen.
+word. An addon takes no other config's place, and is read after all files. An option that comes later takes its place,
+and a file that of earlier files: there the user has chosen.
 A class is told by its full path, so one of the user's may have the name of one of ours.
 """
 
@@ -62,7 +63,7 @@ def refuse_conflicts(arguments: Sequence[str], trainer: Any, lr_scheduler: Any =
     """Raise if a run was given twice what it takes once.
 
     Args:
-        arguments: The command line, which tells who brought what.
+        arguments: The command line in the order in which it is read, which tells who brought what.
         trainer: What the merged config says of the Trainer.
         lr_scheduler: What it says of the scheduler.
 
@@ -82,7 +83,7 @@ def settle_precision(arguments: Sequence[str], trainer: Any) -> str:
     With them go the callbacks that need what they simulate, as in a sweep.
 
     Args:
-        arguments: The command line, which tells what came after what.
+        arguments: The command line in the order in which it is read, which tells what came after what.
         trainer: What the merged config says of the Trainer; its ``plugins`` and ``callbacks`` are changed.
 
     Returns:

@@ -129,7 +129,7 @@ def config_paths(given: Sequence[str]) -> list[str]:
                 find_template("recipe", value)  # says which there are
             raise CommandError(f"--config {value}: there is no such file.")
         found.append(named)
-    return found
+    return sorted(found, key=lambda value: value.startswith("addon:"))  # as a run reads them
 
 
 def check_rate_key(key: str, configs: Sequence[str], overrides: Sequence[str]) -> None:

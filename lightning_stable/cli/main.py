@@ -224,7 +224,9 @@ def _parser() -> _Parser:
         "recipe on several machines.",
     )
     show.add_argument(
-        "name", metavar="NAME", help="a method, guide, recipe, addon or script; addon:, recipe: or guide:NAME where a method has that name"
+        "name",
+        metavar="NAME",
+        help="a method, guide, recipe, addon or script; addon:, recipe: or guide:NAME where a method has that name",
     )
     plot = commands.add_parser(
         "plot",

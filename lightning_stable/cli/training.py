@@ -2,13 +2,15 @@
 
 These are added to the host's command line:
 
-* ``--config addon:NAME`` and ``--config recipe:NAME`` name packaged templates. An addon's ``vars`` are defaults: what
-  an earlier config or option has set stays. A config may begin with a recipe by ``extends: NAME``.
+* ``--config addon:NAME`` and ``--config recipe:NAME`` name packaged templates. An addon is read after all files,
+  wherever it is given. Its ``vars`` are defaults: what a file or an earlier option has set stays. A config may begin
+  with a recipe by ``extends: NAME``.
 * ``vars`` holds free variables that any key may use, as in ``lr: ${vars.lr}``, also across files. References are
   filled in after all files and options are merged, so they follow later overrides (``--vars.lr 0.01``).
 * ``${share:TOTAL,0.25}`` and ``${shares:TOTAL,0.25,0.5}`` are whole numbers of steps, so that a template's intervals
   follow ``--trainer.max_steps``. ``${interval:TOTAL,0.05}`` is a share that divides the total, and
   ``${marks:TOTAL,INTERVAL,0.25,0.5}`` are shares that are multiples of an interval. ``${product:A,B}`` multiplies.
+* A variable that is set and that nothing refers to is an error.
 * What a run takes once and two configs bring, such as two strategies, is an error that names both.
 * Wrong keys and values give one message instead of a traceback.
 """
@@ -16,7 +18,6 @@ These are added to the host's command line:
 import contextlib
 import logging
 import math
-import re
 import subprocess
 import sys
 import warnings
@@ -36,10 +37,10 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from lightning_stable._extensions import load_classes
-from lightning_stable.cli._configs import Config, read_configs, walk_arguments
+from lightning_stable.cli._configs import addons_last, read_configs
 from lightning_stable.cli._conflicts import refuse_conflicts, settle_precision
-from lightning_stable.cli._variables import used_variables
-from lightning_stable.cli.locate import CommandError, TemplateKind, list_templates
+from lightning_stable.cli._variables import check_variables
+from lightning_stable.cli.locate import CommandError
 from lightning_stable.cli.messages import explain_interpolation, explain_parsing, is_bad_input, near_path, root_error
 from lightning_stable.cli.summary import print_summary
 from lightning_stable.registry import methods, nearest
@@ -51,7 +52,6 @@ DEFAULT_SEED = 0
 # How long the other processes of a run that is over may take to end.
 _SECONDS_TO_END = 300
 
-_KINDS: tuple[TemplateKind, ...] = ("addon", "recipe")
 _REMARKS = ("torchao", "torch.utils._pytree")
 
 
@@ -137,7 +137,7 @@ class StableCLI(LightningCLI):
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         _register_resolvers()
         load_classes()  # an imported class goes by its bare name in configs, a strategy by its own name too
-        self._arguments = list(args) if isinstance(args, list) else []
+        self._arguments: list[str] = []
         super().__init__(
             args=args,
             save_config_kwargs={"overwrite": True},
@@ -154,7 +154,8 @@ class StableCLI(LightningCLI):
             "-c",
             "--config",
             action=TemplateConfig,
-            help="A YAML file, addon:NAME or recipe:NAME ('lightning-stable list'); repeatable, later ones win.",
+            help="A YAML file, addon:NAME or recipe:NAME ('lightning-stable list'); repeatable, later ones win, and "
+            "addons come after all files.",
         )
         return parser
 
@@ -168,8 +169,9 @@ class StableCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # Not the host's: it warns about arguments given beside sys.argv, which `run NAME` does on purpose.
         try:
-            self.config = parser.parse_args(cast("list[str]", args))
-            _refuse_unused_variables(cast("list[str]", args))
+            self._arguments = addons_last(cast("list[str]", args))
+            self.config = parser.parse_args(self._arguments)
+            self._say(check_variables(self._arguments))
         except CommandError as error:
             raise CommandError(self._explain(str(error), args), details=str(error)) from error.__cause__
         except OmegaConfBaseException as error:
@@ -193,8 +195,7 @@ class StableCLI(LightningCLI):
         trainer = self._get(self.config, "trainer")
         if isinstance(trainer.strategy, str):
             trainer.strategy = _strategy_name(trainer.strategy)
-        if told := settle_precision(self._arguments, trainer):
-            rank_zero_info(f"lightning-stable: {told}")
+        self._say(settle_precision(self._arguments, trainer))
         refuse_conflicts(self._arguments, trainer, self._get(self.config, "lr_scheduler"))
 
     def after_fit(self) -> None:
@@ -202,6 +203,12 @@ class StableCLI(LightningCLI):
         folder = self.trainer.log_dir  # asks the other processes: all of them have to come by
         if self.trainer.is_global_zero and folder is not None:
             print_summary(self.trainer, Path(folder))
+
+    @staticmethod
+    def _say(told: str) -> None:
+        """Print a line about the configs, if there is one, on the first process."""
+        if told:
+            rank_zero_info(f"lightning-stable: {told}")
 
     def _explain(self, message: str, args: ArgsType) -> str:
         """Return the parser's message in short, with the names that were near."""
@@ -230,36 +237,6 @@ def _strategy_name(given: str) -> str:
             "goes by its full path, as in package.module.Class."
         )
     return name
-
-
-def _refuse_unused_variables(args: list[str]) -> None:
-    """Raise if a variable that the command line sets is used nowhere: it would change nothing."""
-    given = {match[1] for argument in args if (match := re.match(r"--vars\.(\w+)", argument))}
-    if not given:
-        return
-    texts = [argument for argument in args if "${" in argument]
-    texts += [config.text for config in walk_arguments(args) if isinstance(config, Config)]
-    used = used_variables("\n".join(texts))
-    for name in sorted(given - used):
-        raise CommandError(
-            f"vars.{name} is set, but nothing refers to it, so it would change nothing. {_place_of(name, used)}"
-        )
-
-
-def _place_of(name: str, used: set[str]) -> str:
-    """Return what to do about a variable that nothing refers to: the packaged config that does, or the near names."""
-    addons, recipes = (
-        [f"{kind}:{each.name}" for each in list_templates(kind) if name in used_variables(each.path.read_text("utf-8"))]
-        for kind in _KINDS
-    )
-    if addons:
-        use = "uses it" if len(addons) == 1 else "use it"
-        return f"{' and '.join(addons)} {use}: add --config {addons[0]}."
-    known = nearest(name, sorted(used)) if used else "No config refers to a variable."
-    if recipes and "Did you mean" not in known:
-        use = "uses it" if len(recipes) == 1 else "use it"
-        return f"{known} {', '.join(recipes)} {use}: give --config {recipes[0]} before, or begin with 'extends'."
-    return known
 
 
 def _register_resolvers() -> None:

@@ -2,7 +2,10 @@
 
 import functools
 import inspect
-from types import MethodType, SimpleNamespace
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -10,24 +13,43 @@ from lightning.fabric.utilities import registry
 from lightning.pytorch.trainer.connectors.logger_connector import result
 from lightning.pytorch.utilities import signature_utils
 
-__all__ = ["hasten"]
+__all__ = ["hastened"]
 
 _CPU = torch.device("cpu")
 
 
-def hasten() -> None:
-    """Let Trainers of this process begin and log faster; a second call changes nothing."""
-    # Every Trainer reads what all installed packages offer.
-    entry_points: Any = vars(registry)["entry_points"]
-    if not hasattr(entry_points, "cache_info"):
-        vars(registry)["entry_points"] = functools.cache(entry_points)
-    # At each hook a signature is read.
-    if vars(signature_utils).get("inspect") is inspect:
-        vars(signature_utils)["inspect"] = SimpleNamespace(getfullargspec=_arguments)
-    # Whenever a value is logged, all that is known of its name is gone through and moved to where the value is.
-    metric: Any = getattr(result, "_ResultMetric", None)
-    if metric is not None and not hasattr(metric.to, "__wrapped__"):
-        metric.to = _unless_there(metric.to)
+@contextmanager
+def hastened() -> Iterator[None]:
+    """Let Trainers of this process begin and log faster while this lasts; within another one it does nothing."""
+    if vars(signature_utils).get("inspect") is _INSPECT:
+        yield
+        return
+    with ExitStack() as undo:
+        # Every Trainer reads what all installed packages offer.
+        _replace(undo, registry, "entry_points", lambda read: functools.partial(_offered, read))
+        # At each hook a signature is read.
+        _replace(undo, signature_utils, "inspect", lambda module: _INSPECT)
+        # Whenever a value is logged, all that is known of its name is gone through and moved to where the value is.
+        _replace(undo, getattr(result, "_ResultMetric", None), "to", _unless_there)
+        yield
+
+
+def _replace(undo: ExitStack, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Put what is made of an attribute in its place until ``undo`` is closed; a host without it is left as it is."""
+    if owner is not None and name in vars(owner):
+        before = vars(owner)[name]
+        undo.callback(setattr, owner, name, before)
+        setattr(owner, name, make(before))
+
+
+def _offered(read: Callable[..., Any], **selection: str) -> Any:
+    """Return what the installed packages offer, read again only where packages come from elsewhere."""
+    return _offered_on(tuple(sys.path), read, **selection)
+
+
+@functools.lru_cache(maxsize=100)
+def _offered_on(path: tuple[str, ...], read: Callable[..., Any], **selection: str) -> Any:
+    return read(**selection)
 
 
 def _arguments(function: Any) -> inspect.FullArgSpec:
@@ -43,6 +65,18 @@ def _arguments(function: Any) -> inspect.FullArgSpec:
 
 
 _arguments_of_class = functools.lru_cache(maxsize=1000)(inspect.getfullargspec)
+
+
+class _Inspect(ModuleType):
+    """The module ``inspect``, all of it, but with signatures that are remembered."""
+
+    getfullargspec = staticmethod(_arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(inspect, name)
+
+
+_INSPECT = _Inspect("inspect")
 
 
 def _unless_there(move: Any) -> Any:

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_stable.testing._host import hasten
+from lightning_stable.testing._host import hastened
 from lightning_stable.testing.feeding import Feeder, is_metric, place, without_metric
 from lightning_stable.testing.modules import (
     MODULES,
@@ -61,8 +61,6 @@ __all__ = [
 ]
 
 Kept = TypeVar("Kept")
-
-hasten()
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -212,6 +210,7 @@ def attach(
     return {**settings, "callbacks": [*settings.get("callbacks", []), *callbacks], "plugins": rest or None}
 
 
+@hastened()
 def fit(
     plugins: list[Any],
     *,

@@ -165,7 +165,8 @@ class Net(LightningModule):
 
     def __init__(self, dropout: float = 0.0, norm: bool = True, rates: tuple[float, float] = (0.05, 0.02)) -> None:
         super().__init__()
-        torch.manual_seed(7)
+        # Not of all devices: those that there are not remember each call, with its traceback.
+        torch.default_generator.manual_seed(7)
         self.body = nn.Sequential(
             nn.Linear(FEATURES, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh(), nn.Dropout(dropout)
         )

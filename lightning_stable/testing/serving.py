@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-__all__ = ["Place", "free_port", "launch", "preload", "received"]
+__all__ = ["Place", "fork", "free_port", "launch", "preload", "received"]
 
 Place = dict[str, str]
 """What torchrun would set in the environment of one process."""
@@ -55,6 +55,18 @@ def launch(places: Sequence[Place]) -> list[tuple[Any, Connection]]:
         theirs.close()
         started.append((process, ours))
     return started
+
+
+def fork(target: Callable[..., None], *arguments: Any) -> Any:
+    """Start a process off the server that does one thing and ends; return it.
+
+    Args:
+        target: A function that the process can import.
+        *arguments: What it is called with.
+    """
+    process = _server().Process(target=target, args=arguments)
+    process.start()
+    return process
 
 
 def received(pipe: Connection) -> tuple[str, Any]:

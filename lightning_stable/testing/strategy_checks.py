@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_stable.callbacks import EMA
 from lightning_stable.testing import contracts
+from lightning_stable.testing._host import hastened
 from lightning_stable.testing.harness import Net, SaveAt, Stream, assert_same, fit, vector
 from lightning_stable.testing.modules import prepared_by, trained_by
 from lightning_stable.testing.rows import CUT, STEPS, Row, StrategySettings, found_by, preparation
@@ -58,7 +59,7 @@ def job(check: str, find: Callable[[], Row], folder: str, arguments: dict[str, A
     prepare = preparation(row, *(value for value in arguments.values() if isinstance(value, Row)))
     function = globals().get(check) or getattr(contracts, check)
     optimizer = row.settings.optimizer if isinstance(row.settings, StrategySettings) else "sgd"
-    with trained_by(optimizer), prepared_by(prepare):
+    with hastened(), trained_by(optimizer), prepared_by(prepare):
         function(row, tmp_path=Path(folder), **arguments)
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import pytest
 
 from lightning_stable.testing import contracts, strategy_checks
+from lightning_stable.testing._host import hastened
 from lightning_stable.testing.contracts import FAILURES, MOMENTS, PRECISIONS
 from lightning_stable.testing.modules import MODULES, prepared_by
 from lightning_stable.testing.process import quiet_host, restored
@@ -66,7 +67,7 @@ class ContractTests:
         monkeypatch.chdir(tmp_path)
         callspec = getattr(request.node, "callspec", None)
         rows = [value for value in callspec.params.values() if isinstance(value, Row)] if callspec else []
-        with restored(), quiet_host(), prepared_by(preparation(*rows)):
+        with restored(), quiet_host(), hastened(), prepared_by(preparation(*rows)):
             yield
 
     @terms("resume", argument="moment", cases=tuple(MOMENTS))

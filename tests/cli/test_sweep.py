@@ -9,7 +9,8 @@ import yaml
 from sweep_fixtures import CONFIG, TWELVE, StandIn
 
 from lightning_stable.cli import _sweep_pool
-from lightning_stable.cli._sweep_grid import read_json, write_json
+from lightning_stable.cli._sweep_grid import config_paths, read_json, write_json
+from lightning_stable.cli._sweep_precision import trainer_parts
 from lightning_stable.cli.main import main
 
 # ----------------------------------------------------------------------------- twelve runs
@@ -292,3 +293,13 @@ def test_it_needs_no_torch(here):
     assert done.returncode == 0, done.stderr
     assert "--precision" in done.stdout
     assert "a learning rate is" in done.stderr
+
+
+def test_addons_come_after_files_as_in_a_run(here):
+    (here / "lists.yaml").write_text(
+        "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.LearningRateMonitor}]}"
+    )
+    configs = config_paths(["addon:simulated", "addon:precision_fallback", "lists.yaml"])
+    assert configs == ["lists.yaml", "addon:simulated", "addon:precision_fallback"]
+    names = [part["class_path"].rpartition(".")[2] for part in trainer_parts("callbacks", configs)]
+    assert names == ["LearningRateMonitor", "PrecisionFallback"]

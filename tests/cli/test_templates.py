@@ -1,16 +1,20 @@
 """The packaged templates: each builds and trains, keeps its numbers in one place, and goes with the others."""
 
 import re
+from functools import lru_cache
 from itertools import cycle, islice
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from template_runs import ADDONS, QUIET, RECIPES, content, own, processes, small
 
-from lightning_stable.cli._configs import Config, read_configs
+from lightning_stable.cli._configs import Config, addons_last, read_configs
+from lightning_stable.cli._conflicts import refuse_conflicts
+from lightning_stable.cli._sweep_precision import trainer_parts
 from lightning_stable.cli._variables import used_variables
-from lightning_stable.cli.locate import find_template, list_scripts
+from lightning_stable.cli.locate import CommandError, find_template, list_scripts
 from lightning_stable.cli.main import main
 from lightning_stable.cli.training import StableCLI
 
@@ -81,7 +85,7 @@ def test_the_addon_eva_says_that_inputs_do_not_vary(base, capsys):
 
 
 def _pairs():
-    """Every recipe and every addon at least once."""
+    """Every recipe and every addon at least once; all others: the test without building."""
     count = max(len(RECIPES), len(ADDONS))
     return list(zip(islice(cycle(RECIPES), count), islice(cycle(ADDONS), count), strict=True))
 
@@ -124,6 +128,47 @@ def test_recipes_go_with_addons_or_the_error_names_both(recipe, addon, base, mon
         assert type(trainer.strategy).__name__ == _name(added.trainer["strategy"])
 
 
+def _merged(configs):
+    """Return what configs together say of the Trainer, as far as they may say it twice."""
+    found = {}
+    for name in configs:
+        for config in read_configs(name):
+            found.update(config.trainer)
+    lists = {key: trainer_parts(key, configs) for key in ("callbacks", "plugins")}
+    return {**{key: found.get(key) for key in ("strategy", "precision")}, **lists}
+
+
+@pytest.fixture(scope="module")
+def _read_once():
+    """The YAML of a template is read once for all pairs: reading takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_stable.cli._configs.yaml.safe_load", lru_cache(None)(yaml.safe_load))
+        yield
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.usefixtures("_read_once")
+def test_every_recipe_goes_with_every_addon_or_both_bring_one_of_a_kind(recipe):
+    """What is decided before anything is built. Whichever is given first, all of both is there."""
+    before = _brings(content(recipe)["trainer"])
+    for addon in ADDONS:
+        both = [f"recipe:{recipe}", f"addon:{addon}"]
+        asked, turned = (["fit", *(part for name in names for part in ("-c", name))] for names in (both, both[::-1]))
+        assert addons_last(turned) == addons_last(asked) == asked
+        merged = _merged(both)
+        brought = _brings(read_configs(both[1])[-1].trainer)
+        assert _brings(merged)[0] == before[0] | brought[0]
+        clashes = [first & second for first, second in zip(before, brought, strict=True)]
+        if not any(clashes):
+            refuse_conflicts(asked, SimpleNamespace(**merged))
+            continue
+        with pytest.raises(CommandError) as error:
+            refuse_conflicts(asked, SimpleNamespace(**merged))
+        told = str(error.value)
+        assert any(config.name in told for config in read_configs(both[0])), f"{both}: {told}"  # or what it extends
+        assert both[1] in told, f"{both}: {told}"
+
+
 # ----------------------------------------------------------------------------- their numbers
 
 # What a number is called wherever it stands.
@@ -146,6 +191,21 @@ def test_every_recipe_has_its_numbers_at_the_top_and_each_once(name):
             # A key of the name of a variable may mean something else, and then holds a word.
             outside = key in NUMBERS or (key in found["vars"] and a_number)
             assert not outside or str(value).startswith("${"), f"{key}: {value!r} stands outside of vars"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_number_of_a_plugin_stands_at_the_top(name):
+    trainer = own(name)["trainer"]
+    parts = [part for key in ("callbacks", "plugins", "strategy") for part in _listed(trainer.get(key))]
+    for part in parts:
+        if isinstance(part, dict) and part["class_path"].startswith("lightning_stable."):
+            for key, value in _leaves(part, "init_args"):
+                a_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                assert not a_number, f"{part['class_path']}: {key}: {value!r} stands outside of vars"
+
+
+def _listed(value):
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _leaves(config, key):

@@ -3,9 +3,12 @@
 import gc
 from contextlib import suppress
 
+gc.disable()
+
 with suppress(Exception):
     # What cannot be imported says so in the test that needs it; here it would end the server of all.
     import contract.settings  # noqa: F401
 
 gc.collect()
 gc.freeze()
+gc.enable()

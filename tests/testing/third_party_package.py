@@ -85,6 +85,21 @@ from lightning_stable.testing import contract_suite
 TestContracts = contract_suite(SETTINGS, company=("ema", "simulated"))
 """
 
+FURTHER = """
+import inspect
+from importlib.metadata import entry_points
+
+from lightning.fabric.utilities import registry
+from lightning.pytorch.trainer.connectors.logger_connector import result
+from lightning.pytorch.utilities import signature_utils
+
+
+def test_the_host_is_as_it_was_before_the_contracts():
+    assert signature_utils.inspect is inspect
+    assert registry.entry_points is entry_points
+    assert result._ResultMetric.to.__code__.co_filename == result.__file__
+"""
+
 INI = """
 [pytest]
 addopts = -p lightning_stable.testing.plugin -p no:cacheprovider -q --strict-config --strict-markers
@@ -116,6 +131,7 @@ def write_package(folder: Path) -> Path:
         info / "METADATA": "Metadata-Version: 2.1\nName: demo-plugin\nVersion: 0.1\n",
         info / "entry_points.txt": "[lightning_stable.methods]\ndemo = demo_plugin.methods:METHODS\n",
         tests / "test_demo.py": TESTS,
+        tests / "test_further.py": FURTHER,
         folder / "pytest.ini": INI,
     }
     for path, text in files.items():
