@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from lightning_stable._report.draw import COLORS, Chart, Line, Panel
+from lightning_stable._report.draw import COLORS, Chart, Line, Panel, range_of
 from lightning_stable._report.facts import gradient_spikes, training_loss, validation_names
-from lightning_stable._report.run import LIVE, Points, Run, finite
+from lightning_stable._report.run import LIVE, MANY, Points, Run, finite
+from lightning_stable._report.weights import AVERAGED, LIVE_WEIGHTS, validated_weights, weights_that_differ
 
 __all__ = [
     "STABILISERS",
     "gradient_charts",
-    "is_smoothed",
     "loss_chart",
     "other_charts",
     "phase_spans",
@@ -25,7 +25,8 @@ _FEW = 60
 """Points up to which each has a mark."""
 _WITHIN_REACH = 256
 _MOST_OTHERS = 12
-_MARKED = "Triangles are spikes; those at the upper edge are beyond it."
+# Single values below this share of the lowest median are cut: one batch without loss would take half of the axis.
+_FLOOR = 1e-3
 _NORMS = {
     "stability_report/gradient_norm": "Gradient norm, before clipping",
     "spike_guard/norm": "SpikeGuard: gradient norm and its limit",
@@ -54,31 +55,28 @@ _OWN = ("stability_report/", "stability_gap", "numerics/", "lr", "wsd/", "epoch"
 def loss_chart(runs: Sequence[Run]) -> Chart | None:
     """Return the picture of the training loss, with spikes and, of a single run, the loss of its validation."""
     lines: list[Line] = []
-    focus: list[int] = []
-    panel = Panel(lines, "loss", focus=focus)
+    panel = Panel(lines, "loss", fitted=True)
     for place, run in enumerate(runs):
         loss = training_loss(run)
         color = COLORS[place % len(COLORS)]
         if loss is not None and finite(loss.points):
+            marked = len(loss.points) <= _FEW // 2
             if len(runs) == 1:
-                lines.append(Line("", loss.points, color, faint=len(loss.points) > _FEW))
-            focus.append(len(lines))
-            label = run.name if len(runs) > 1 else _smooth_label(loss.points)
-            lines.append(Line(label, smoothed(loss.points), color, marked=len(loss.points) <= _FEW // 2))
+                lines += _noisy_lines(loss.points, "training", marked=marked)
+            else:
+                lines.append(Line(run.name, smoothed(loss.points), color, marked=marked))
             panel.spikes += [(spike.step, spike.value) for spike in loss.spikes]
     if len(runs) == 1:
         panel.spans = phase_spans(runs[0])
         for name in [name for name in validation_names(runs[0]) if "loss" in name.lower()][:2]:
-            focus.append(len(lines))
             lines.append(_validation_line(runs[0], name))
     if not lines:
         return None
-    values = [value for place in focus for _, value in finite(lines[place].points)]
-    panel.log = min(values) > 0 and max(values) > 8 * min(values)
-    texts = [_MARKED] if panel.spikes else []
+    texts = _scale(panel, 8)
     texts += ["Shaded: phases of the learning rate."] if panel.spans else []
-    text = " ".join(texts)
-    return Chart("loss", "Training loss", [panel], text, wide=True)
+    if len(runs) > 1 and any((loss := training_loss(run)) and len(finite(loss.points)) >= MANY for run in runs):
+        texts.insert(0, f"Lines are running medians. A run with fewer than {MANY} values is drawn as it is.")
+    return Chart("loss", "Training loss", [panel], " ".join(texts), wide=True)
 
 
 def validation_charts(runs: Sequence[Run]) -> list[Chart]:
@@ -89,13 +87,28 @@ def validation_charts(runs: Sequence[Run]) -> list[Chart]:
         both = any(name + LIVE in run.series for run in runs)
         if len(runs) == 1:
             lines = [_validation_line(runs[0], twin) for twin in (name, name + LIVE) if twin in runs[0].series]
+            lines = lines if len(lines) > 1 else [lines[0]._replace(label="")]  # the title says what it is
         else:
-            lines = _one_each(runs, name)
+            weights = weights_that_differ(runs, name)
+            lines = [line._replace(label=_of(line.label, weights)) for line in _one_each(runs, name)]
         if all(len(finite(line.points)) < 2 for line in lines):
             continue  # its one value is in the headline
         title = f"{name}: live weights and their average" if both and len(runs) == 1 else name
-        charts.append(Chart(_file(name), title, [_panel(lines, "")]))
+        charts.append(Chart(_file(name), title, [_panel(lines, "")], _which_weights(runs, name)))
     return charts
+
+
+def _of(label: str, weights: dict[str, str]) -> str:
+    return f"{label} ({weights[label]})" if label in weights else label
+
+
+def _which_weights(runs: Sequence[Run], name: str) -> str:
+    """Say of which weights the lines are, where these do not."""
+    if len(runs) > 1 and weights_that_differ(runs, name):
+        return "The runs differ in the weights that were validated."
+    said = next((validated_weights(run, name) for run in runs if name in run.series), "")
+    drawn = len(runs) == 1 and name + LIVE in runs[0].series
+    return "Of the averaged weights." if said == AVERAGED and not drawn else ""
 
 
 def rate_chart(runs: Sequence[Run]) -> Chart | None:
@@ -108,14 +121,14 @@ def rate_chart(runs: Sequence[Run]) -> Chart | None:
         alike = list({str(run.of(name)): name for name in names}.values())
         for number, name in enumerate(alike[:1] if len(runs) > 1 else alike[: len(COLORS)]):
             color = COLORS[(place if len(runs) > 1 else number) % len(COLORS)]
-            label = run.name if len(runs) > 1 else name.removeprefix("stability_report/")
+            label = run.name if len(runs) > 1 else name.removeprefix("stability_report/") if alike[1:] else ""
             lines.append(Line(label, run.of(name), color))
     if not lines:
         return None
     spans = phase_spans(runs[0]) if len(runs) == 1 else []
     phases = list(dict.fromkeys(phase for _, _, phase in spans))
     text = f"Shaded: {', '.join(phases)} of WarmupStableDecay." if phases else ""
-    return Chart("learning_rate", "Learning rate", [Panel(lines, spans=spans, focus=[])], text)
+    return Chart("learning_rate", "Learning rate", [Panel(lines, spans=spans)], text)
 
 
 def gradient_charts(runs: Sequence[Run]) -> list[Chart]:
@@ -126,18 +139,43 @@ def gradient_charts(runs: Sequence[Run]) -> list[Chart]:
         lines = [line._replace(points=smoothed(line.points)) for line in _one_each(runs, name)]
         if not lines:
             continue
-        panel = Panel(lines, "norm", focus=list(range(len(lines))))
+        panel = Panel(lines, "norm", fitted=True)
         if len(runs) == 1:
-            lines[0] = lines[0]._replace(label="running median")
-            lines.insert(0, Line("", runs[0].of(name), COLORS[0], faint=True))
+            panel.lines = lines = _noisy_lines(runs[0].of(name), marked=lines[0].marked)
             if name == "spike_guard/norm" and (limit := finite(runs[0].of("spike_guard/limit"))):
                 lines.append(Line("limit of SpikeGuard", limit, COLORS[1]))
-            panel.focus = list(range(len(lines)))
             spikes = gradient_spikes(runs[0]) if name == "stability_report/gradient_norm" else []
             panel.spikes = [(spike.step, spike.value) for spike in spikes]
-        panel.log = _spreads(lines)
-        charts.append(Chart(_file(f"gradients_{name}"), title, [panel], _MARKED if panel.spikes else ""))
+        charts.append(Chart(_file(f"gradients_{name}"), title, [panel], " ".join(_scale(panel, 12))))
     return charts
+
+
+def _noisy_lines(points: Points, what: str = "", *, marked: bool = False) -> list[Line]:
+    """Return the lines of what differs from batch to batch: its values and their running median; of a few no median."""
+    begin = f"{what}, " if what else ""
+    if len(finite(points)) < MANY:
+        return [Line(what or "single values", points, COLORS[0], marked=marked)]
+    median = Line(f"{begin}running median", smoothed(points), COLORS[0], bold=True)
+    return [Line(f"{begin}single values", points, COLORS[0], faint=True), median]
+
+
+def _scale(panel: Panel, spread: float) -> list[str]:
+    """Choose the scale of a fitted panel, and return what is to be said of what it does not hold."""
+    main = [value for line in panel.lines if not line.faint for _, value in finite(line.points)]
+    spikes = {step for step, _ in panel.spikes}
+    single = [value for line in panel.lines for step, value in finite(line.points) if step not in spikes]
+    low, high = min(main), max(main)
+    # What is no spike, as a first batch, may be as far out.
+    panel.log = low > 0 and min(single, default=low) >= 0 and max(single, default=high) > spread * low
+    texts = []
+    if panel.log and min(single, default=low) < _FLOOR * low:
+        panel.floor = _FLOOR * low
+        texts.append(f"Values below {panel.floor:.2g} are cut.")
+    fitted = range_of(panel)
+    if panel.spikes:
+        cut = fitted is not None and any(value > fitted[1] for _, value in finite(panel.spikes))
+        texts.insert(0, f"Triangles are spikes{'; those at the upper edge are above it' if cut else ''}.")
+    return texts
 
 
 def stabiliser_charts(runs: Sequence[Run]) -> list[Chart]:
@@ -213,13 +251,13 @@ def phase_spans(run: Run) -> list[tuple[float, float, str]]:
 
 
 def smoothed(points: Points) -> Points:
-    """Return the running median over a fortieth of the run to each side; of few points the points.
+    """Return the running median over a fortieth of the run to each side; of fewer than ``MANY`` points the points.
 
     A median is that of all values within reach, up to some hundreds: of more, every second, third and so on.
     """
     values = finite(points)
     reach = len(values) // 40
-    if reach == 0:
+    if len(values) < MANY:
         return values
     import numpy as np
 
@@ -235,21 +273,12 @@ def smoothed(points: Points) -> Points:
     return [(values[place][0], medians[place]) for place in chosen]
 
 
-def is_smoothed(points: Points) -> bool:
-    """Tell whether there are enough points for a running median."""
-    return len(finite(points)) >= 40
-
-
-def _smooth_label(points: Points) -> str:
-    return "training, running median" if is_smoothed(points) else "training"
-
-
 def _validation_line(run: Run, name: str) -> Line:
     """Return the line of a validated value; where two sets of weights were validated it says which."""
-    live = name.endswith(LIVE)
-    both = live or name + LIVE in run.series
-    label = ("validation, live weights" if live else "validation, averaged weights") if both else "validation"
-    color = COLORS[1] if live else COLORS[2]
+    weights = validated_weights(run, name)
+    twin = name.endswith(LIVE) or name + LIVE in run.series
+    label = f"validation, {weights}" if twin or weights == AVERAGED else "validation"
+    color = COLORS[1] if twin and weights == LIVE_WEIGHTS else COLORS[2]
     return Line(label, run.of(name), color, marked=len(run.of(name)) <= _FEW)
 
 
@@ -264,7 +293,7 @@ def _one_each(runs: Sequence[Run], name: str) -> list[Line]:
 
 
 def _panel(lines: list[Line], unit: str) -> Panel:
-    return Panel(lines, unit, focus=list(range(len(lines))))
+    return Panel(lines, unit, fitted=True)
 
 
 def _spreads(lines: Sequence[Line]) -> bool:

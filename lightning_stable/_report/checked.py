@@ -148,4 +148,5 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "environment": _plain,
     "model": _model,
     "events": _events,
+    "validated_weights": str,
 }

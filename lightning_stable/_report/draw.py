@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_stable._glue.figures import new_figure
 from lightning_stable._report.run import Points, finite, thin
 
-__all__ = ["COLORS", "Chart", "HeatMap", "Line", "Panel", "as_svg", "save_png"]
+__all__ = ["COLORS", "Chart", "HeatMap", "Line", "Panel", "as_svg", "range_of", "save_png"]
 
 COLORS = ("#3478bf", "#e07b39", "#3a9a68", "#b5509c", "#8c6d31", "#5b5bd6", "#c0392b", "#21989c")
 """Of lines; they can be told apart on a light and on a dark ground."""
@@ -36,7 +37,8 @@ class Line(NamedTuple):
         label: What it is, for the legend; empty for none.
         points: Its points.
         color: Its colour.
-        faint: It is the ground of another one.
+        faint: It is the ground of another one: thin and pale.
+        bold: It is what counts of two that belong together.
         marked: Each point has a mark, since there are few.
         stepped: A value holds until the next one.
     """
@@ -45,6 +47,7 @@ class Line(NamedTuple):
     points: Points
     color: str
     faint: bool = False
+    bold: bool = False
     marked: bool = False
     stepped: bool = False
 
@@ -60,7 +63,8 @@ class Panel:
         spikes: Steps and values that are marked.
         spans: Stretches that are shaded: first step, last step, phase.
         switches: Steps with a dashed line, and what is written above it.
-        focus: Lines by which the range is chosen, by their place; all if there are none.
+        fitted: The range of values is that of the lines, spikes left out; else matplotlib's choice.
+        floor: Nothing below it is shown, on a logarithmic axis.
     """
 
     lines: list[Line]
@@ -69,7 +73,8 @@ class Panel:
     spikes: Points = field(default_factory=list)
     spans: list[tuple[float, float, str]] = field(default_factory=list)
     switches: list[tuple[int, str]] = field(default_factory=list)
-    focus: list[int] = field(default_factory=list)
+    fitted: bool = False
+    floor: float = 0.0
 
 
 @dataclass
@@ -147,7 +152,12 @@ def as_svg(chart: Chart | HeatMap, prefix: str, *, wide: bool) -> str:
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var({variable})")
     label = chart.title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    text = re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{label}">', text)
+    # A function, since a title may hold what a template of re takes for its own.
+    text = re.sub(
+        r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>',
+        lambda begin: f'<svg {begin[1]} role="img" aria-label="{label}">',
+        text,
+    )
     return text.replace("xlink:href", "href")
 
 
@@ -169,7 +179,7 @@ def _settings(more: dict[str, Any]) -> Iterator[None]:
     try:
         import matplotlib
     except ImportError:
-        new_figure("The picture", (1, 1))  # raises, and says how to get it
+        new_figure("A picture", (1, 1))  # raises, and says how to get it
         raise
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -184,7 +194,7 @@ def _drawn(chart: Chart | HeatMap, *, wide: bool) -> Any:
     width = WIDE if wide else NARROW
     if isinstance(chart, HeatMap):
         return _draw_map(chart, width)
-    figure = new_figure("The picture", (width, 0.45 + chart.tall * len(chart.panels)))
+    figure = new_figure("A picture", (width, 0.45 + chart.tall * len(chart.panels)))
     axes = figure.subplots(len(chart.panels), 1, sharex=True, sharey=chart.shared, squeeze=False)[:, 0]
     for axis, panel in zip(axes, chart.panels, strict=True):
         _draw_panel(axis, panel, wide=wide)
@@ -206,11 +216,12 @@ def _draw_panel(axis: Any, panel: Panel, *, wide: bool) -> None:
         axis.axvspan(first, last, color=PHASES[phase], zorder=0, linewidth=0, label=label)
         shaded.add(phase)
     for place, line in enumerate(panel.lines):
-        # Not clipped where a panel ends: a line along its edge keeps its width.
         _draw_line(axis, line, place)
     if panel.log:
         axis.set_yscale("log")
-    _fit(axis, panel)
+    fitted = range_of(panel)
+    if fitted is not None:
+        axis.set_ylim(*fitted)
     low, high = axis.get_ylim()
     ends = [line.points[-1][0] for line in panel.lines if line.points]
     marks = [(step, min(max(value, low), high)) for step, value in finite(panel.spikes) if step <= max(ends, default=0)]
@@ -225,14 +236,12 @@ def _draw_panel(axis: Any, panel: Panel, *, wide: bool) -> None:
     axis.grid(axis="y", color=GRID, linewidth=0.6, zorder=0.5)
     axis.set_axisbelow(True)
     handles, labels = axis.get_legend_handles_labels()
-    if len(labels) > 1 or (labels and panel.spikes):
-        rows = max(1, math.ceil(sum(map(len, labels)) / (110 if wide else 44)))
-        columns = math.ceil(len(labels) / rows)
+    if labels:
         top = 1.08 if panel.switches else 1.0
         axis.legend(
             handles,
             labels,
-            ncols=columns,
+            ncols=_columns(labels, 130 if wide else 64),
             loc="lower left",
             bbox_to_anchor=(-0.01, top),
             borderaxespad=0.2,
@@ -243,6 +252,19 @@ def _draw_panel(axis: Any, panel: Panel, *, wide: bool) -> None:
         )
 
 
+def _columns(labels: Sequence[str], room: int) -> int:
+    """Return how many columns of a legend have room: so many letters, of which a mark takes six."""
+    for rows in range(1, len(labels)):
+        columns = math.ceil(len(labels) / rows)
+        # matplotlib fills one column after the other; the first ones have what is left over.
+        least, longer = divmod(len(labels), columns)
+        starts = [column * least + min(column, longer) for column in range(columns + 1)]
+        taken = sum(max(map(len, labels[begin:end])) + 6 for begin, end in pairwise(starts))
+        if taken <= room:
+            return columns
+    return 1
+
+
 def _draw_line(axis: Any, line: Line, place: int) -> None:
     points = thin(line.points)
     if not points:
@@ -250,7 +272,8 @@ def _draw_line(axis: Any, line: Line, place: int) -> None:
     steps = [step for step, _ in points]
     values = [value if math.isfinite(value) else math.nan for _, value in points]
     alone = len(finite(points)) == 1
-    style: dict[str, Any] = {"linewidth": 0.7 if line.faint else 1.5, "alpha": 0.35 if line.faint else 1.0}
+    width = 0.7 if line.faint else 2.3 if line.bold else 1.5
+    style: dict[str, Any] = {"linewidth": width, "alpha": 0.45 if line.faint else 1.0}
     if line.marked or alone:
         style |= {"marker": "o", "markersize": 3.4}
     if line.stepped:
@@ -258,22 +281,30 @@ def _draw_line(axis: Any, line: Line, place: int) -> None:
     axis.plot(steps, values, color=line.color, label=_literal(line.label) or None, zorder=2 + 0.01 * place, **style)
 
 
-def _fit(axis: Any, panel: Panel) -> None:
-    """Fit the range to the lines that count, so that one batch far out does not flatten the rest."""
-    if not panel.focus:
-        return
-    values = [value for place in panel.focus for _, value in finite(panel.lines[place].points)]
+def range_of(panel: Panel) -> tuple[float, float] | None:
+    """Return the range of values that a panel shows, ``None`` where matplotlib chooses it.
+
+    It holds all lines, but not their spikes: one batch far out would flatten the rest. Those above it are marked at the
+    upper edge, for which there is room.
+    """
+    if not panel.fitted:
+        return None
+    spikes = dict(panel.spikes)
+    values = [
+        value
+        for line in panel.lines
+        for step, value in finite(line.points)
+        if not (step in spikes and math.isclose(value, spikes[step], rel_tol=1e-3))
+    ]
     if panel.log:
-        values = [value for value in values if value > 0]
+        values = [value for value in values if value > 0 and value >= panel.floor]
     if not values:
-        return
+        return None
     low, high = min(values), max(values)
     if panel.log:
-        axis.set_ylim(low / 1.3, high * (3 if panel.spikes else 1.3))
-    else:
-        room = 0.06 * (high - low) or 0.1 * abs(high) or 0.1
-        # What is higher than all lines, as spikes are, is marked at the upper edge.
-        axis.set_ylim(low - room, high + (6 if panel.spikes else 1) * room)
+        return low / 1.3, high * (3 if panel.spikes else 1.3)
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 0.1
+    return low - room, high + (6 if panel.spikes else 1) * room
 
 
 def _name_switches(axis: Any, switches: Sequence[tuple[int, str]], *, wide: bool) -> None:
@@ -301,7 +332,7 @@ def _literal(text: str) -> str:
 
 def _draw_map(chart: HeatMap, width: float) -> Any:
     """Draw shares on a logarithmic scale; what was not seen is left out."""
-    figure = new_figure("The picture", (width, 1.15 + max(1.3, 0.19 * len(chart.rows))))
+    figure = new_figure("A picture", (width, 1.15 + max(1.3, 0.19 * len(chart.rows))))
     import matplotlib
     import numpy as np
     from matplotlib.colors import LogNorm

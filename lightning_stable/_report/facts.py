@@ -1,9 +1,11 @@
 """The figures of a run: how long it was, where it ended, whether it spiked or diverged."""
 
 import math
-from typing import NamedTuple
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-from lightning_stable._report.run import LIVE, Points, Run, finite, median
+from lightning_stable._report.run import LIVE, MANY, Points, Run, finite, median
 from lightning_stable._report.spikes import Spike, SpikeRule, find_spikes
 
 __all__ = [
@@ -11,6 +13,7 @@ __all__ = [
     "TRAINING",
     "Facts",
     "Loss",
+    "Validated",
     "divergence",
     "facts_of",
     "gradient_spikes",
@@ -43,6 +46,11 @@ TRAINING = (
 )
 """What the training loss goes by, the best known first."""
 _OTHER_STAGES = ("val", "test", "valid", "eval")
+# Values that end in one of these are better the lower, or the higher, whatever they are of.
+_DIRECTIONS = dict.fromkeys(("loss", "perplexity", "mse", "rmse", "mae"), "min") | dict.fromkeys(
+    ("accuracy", "acc"), "max"
+)
+_ENDS = re.compile(r"(_epoch|_step|/dataloader_idx_\d+)+$")
 
 
 class Loss(NamedTuple):
@@ -63,6 +71,20 @@ class Loss(NamedTuple):
     first_not_finite: int | None = None
 
 
+class Validated(NamedTuple):
+    """A value of a validation.
+
+    Attributes:
+        name: What it is logged as.
+        last: The last value that is finite, not-a-number if none is.
+        remark: The best value and its step where it is known which one that is, else the lowest and the highest.
+    """
+
+    name: str
+    last: float
+    remark: str
+
+
 class Facts(NamedTuple):
     """The figures of a run; ``None`` where no file has them.
 
@@ -71,8 +93,10 @@ class Facts(NamedTuple):
         epochs: Epochs that were begun.
         seconds: Time.
         loss: Median training loss over the last twentieth of the run.
-        best_loss: The lowest such median.
-        validated: For each value of a validation its name, the last value and the best one.
+        last_loss: The last value, also where it is not finite.
+        lowest_loss: The lowest value.
+        many: Whether there are so many values that the median tells more than the last one.
+        validated: The values of validations.
         spikes: Spikes of the training loss.
         diverged: Why the run counts as diverged; empty if it does not.
     """
@@ -81,8 +105,10 @@ class Facts(NamedTuple):
     epochs: int | None
     seconds: float | None
     loss: float | None
-    best_loss: float | None
-    validated: list[tuple[str, float, float]]
+    last_loss: float | None
+    lowest_loss: float | None
+    many: bool
+    validated: list[Validated]
     spikes: int | None
     diverged: str
 
@@ -149,12 +175,15 @@ def facts_of(run: Run) -> Facts:
     loss, known = training_loss(run), [points[-1][0] for points in run.series.values() if points]
     epochs = finite(run.of("epoch"))
     ends = _ends(loss.points) if loss is not None else None
+    values = [] if loss is None else finite(loss.points)
     return Facts(
         steps=run.record.get("steps") or (max(known) if known else None),
         epochs=run.record.get("epochs") or (int(max(value for _, value in epochs)) + 1 if epochs else None),
         seconds=run.seconds,
         loss=None if ends is None else ends[2],
-        best_loss=None if ends is None else ends[1],
+        last_loss=loss.points[-1][1] if loss is not None and loss.points else None,
+        lowest_loss=min((value for _, value in values), default=None),
+        many=len(values) >= MANY,
         validated=[_validated(run, name) for name in validation_names(run)],
         spikes=None if loss is None else len(loss.spikes),
         diverged="" if loss is None else divergence(loss),
@@ -188,12 +217,34 @@ def _ends(points: Points) -> tuple[float, float, float] | None:
     return medians[0], min(*medians, last), last
 
 
-def _validated(run: Run, name: str) -> tuple[str, float, float]:
-    values = [value for _, value in finite(run.of(name))]
-    if not values:
-        return name, math.nan, math.nan
-    low = any(word in name.lower() for word in ("loss", "error", "perplexity", "ppl", "bits", "mse", "mae"))
-    return name, values[-1], min(values) if low else max(values)
+def _validated(run: Run, name: str) -> Validated:
+    points = finite(run.of(name))
+    if not points:
+        return Validated(name, math.nan, "")
+    low, high = (choose(points, key=lambda point: point[1]) for choose in (min, max))
+    direction = _direction(run, name)
+    if direction is None:
+        return Validated(name, points[-1][1], f"lowest {low[1]:.4g}, highest {high[1]:.4g}")
+    step, best = low if direction == "min" else high
+    return Validated(name, points[-1][1], f"best {best:.4g} at step {step:,}")
+
+
+def _direction(run: Run, name: str) -> str | None:
+    """Return "min" or "max" where it is certain which values are better: by its name, and by what monitors it."""
+    word = re.split(r"[^a-z]+", _ENDS.sub("", name.lower()))[-1]
+    told = {*_monitored(run.config, name), *([_DIRECTIONS[word]] if word in _DIRECTIONS else [])}
+    return told.pop() if len(told) == 1 else None
+
+
+def _monitored(settings: Any, name: str) -> Iterator[str]:
+    """Yield the ``mode`` of each callback in a config, such as ModelCheckpoint, that monitors a value."""
+    if isinstance(settings, dict):
+        if settings.get("monitor") == name and settings.get("mode") in ("min", "max"):
+            yield settings["mode"]
+        settings = list(settings.values())
+    if isinstance(settings, list):
+        for entry in settings:
+            yield from _monitored(entry, name)
 
 
 def span(seconds: float | None) -> str:

@@ -1,9 +1,11 @@
 """Writes the page: one HTML file with everything in it, of one run or of several beside each other."""
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,6 @@ import yaml
 import lightning_stable
 from lightning_stable._report.charts import (
     gradient_charts,
-    is_smoothed,
     loss_chart,
     other_charts,
     rate_chart,
@@ -24,25 +25,42 @@ from lightning_stable._report.draw import COLORS, Chart, HeatMap, as_svg, save_p
 from lightning_stable._report.facts import (
     DIVERGED_AT,
     TRAINING,
-    Facts,
     facts_of,
-    gradient_spikes,
     loss_names,
     rule_of,
-    span,
     training_loss,
     validation_names,
 )
 from lightning_stable._report.instruments import gap_charts, gap_table, numerics_maps, numerics_table, round_facts
-from lightning_stable._report.run import LIVE, Run, finite
-from lightning_stable._report.settings import adapter_facts, differences, environment
+from lightning_stable._report.read_json import FILE_NAME
+from lightning_stable._report.run import MANY, Run, finite
+from lightning_stable._report.settings import adapter_facts, environment
 from lightning_stable._report.spikes import rule_in_words
+from lightning_stable._report.tables import (
+    Table,
+    count_table,
+    differing_settings,
+    event_table,
+    final_figures,
+    per_run,
+    spike_tables,
+    sweep_table,
+    table_of,
+    tiles,
+    verdict,
+)
 from lightning_stable._report.write import write_atomically
 
 __all__ = ["Written", "write_page", "write_pictures"]
 
 _HERE = Path(__file__).parent
-_MOST_SPIKES = 12
+# Of a picture's file: with four bytes each it leaves room for an end within the 255 that a file system takes.
+_MOST_LETTERS = 60
+# A word of a table beyond this may break, before a part of it that begins with a letter.
+_LONG, _PART = 14, re.compile(r"(?<=\w[/._\[-])(?=[^\W\d_])")
+
+_WITHOUT = "The callback StabilityReport records them: lightning-stable fit ... --config addon:stability_report"
+_WAITING = f"They are in {FILE_NAME}, which is missing: StabilityReport writes it every half a minute of a run."
 
 Picture = Chart | HeatMap
 
@@ -59,14 +77,6 @@ class Written(NamedTuple):
     page: Path
     without_pictures: str
     notes: tuple[str, ...] = ()
-
-
-class Table(NamedTuple):
-    """A table of a section."""
-
-    head: list[str]
-    rows: list[list[str]]
-    caption: str = ""
 
 
 class Section(NamedTuple):
@@ -97,13 +107,16 @@ def write_page(runs: Sequence[Run], path: Path) -> Written:
 
     sections = _sections(runs)
     pictures, why, failed = _pictures(sections)
+    if why:  # a heading with nothing below it says nothing
+        sections = [section for section in (each._replace(charts=[]) for each in sections) if section.filled]
     jinja = Environment(loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    jinja.filters["breakable"] = _breakable
     text = jinja.get_template("page.html.jinja").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         runs=[(run.name, COLORS[place % len(COLORS)]) for place, run in enumerate(runs)] if len(runs) > 1 else [],
-        tiles=_tiles(runs[0], facts_of(runs[0])) if len(runs) == 1 else [],
-        verdict=_verdict(facts_of(runs[0])) if len(runs) == 1 else "",
-        figures=_figures(runs) if len(runs) > 1 else None,
+        tiles=tiles(runs[0], facts_of(runs[0])) if len(runs) == 1 else [],
+        verdict=verdict(facts_of(runs[0])) if len(runs) == 1 else "",
+        figures=final_figures(runs) if len(runs) > 1 else None,
         sections=sections,
         pictures=pictures,
         chart_id=id,
@@ -113,6 +126,14 @@ def write_page(runs: Sequence[Run], path: Path) -> Written:
     )
     write_atomically(path, text)
     return Written(path, why, tuple(failed))
+
+
+def _breakable(text: str) -> str:
+    """Return text that may break within long names and paths where their parts begin; words and numbers stay whole."""
+    from markupsafe import Markup, escape
+
+    words = (_PART.sub("\0", word) if len(word) > _LONG else word for word in text.split(" "))
+    return Markup(str(escape(" ".join(words))).replace("\0", "<wbr>"))  # noqa: S704  escaped
 
 
 def write_pictures(runs: Sequence[Run], page: Path) -> list[Path]:
@@ -126,14 +147,19 @@ def write_pictures(runs: Sequence[Run], page: Path) -> list[Path]:
     written: list[Path] = []
     for section in _sections(runs):
         for chart in section.charts:
-            path = folder / f"{chart.name}.png"
-            # Names of values may differ only in what no file name has.
-            path = path if path not in written else folder / f"{chart.name}_{len(written)}.png"
+            path = _free_file(folder, chart.name, written)
             with _drawing(chart) as failed:
                 save_png(chart, path)
             if not failed:
                 written.append(path)
     return written
+
+
+def _free_file(folder: Path, name: str, taken: Sequence[Path]) -> Path:
+    """Return a file for a picture that no other one has: names of values may differ in what is not part of it."""
+    short = name[:_MOST_LETTERS].rstrip("_") or "picture"
+    ends = chain([""], (f"_{number}" for number in count(2)))
+    return next(path for end in ends if (path := folder / f"{short}{end}.png") not in taken)
 
 
 @contextmanager
@@ -173,31 +199,32 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
     loss, rate, speed = loss_chart(runs), rate_chart(runs), speed_chart(runs)
     drawn = {name for run in runs for name in [*validation_names(run), *loss_names(run)[:1], *TRAINING]}
     others, left_out = other_charts(runs, drawn)
+    differing, without_settings = differing_settings(runs)
     alone = runs[0] if len(runs) == 1 else None
     sections = [
-        Section("loss", "Loss", _some(loss), tables=_spike_tables(runs)),
+        Section("loss", "Loss", _some(loss), tables=spike_tables(runs)),
         Section("validation", "Validation", [*validation_charts(runs)]),
         Section("rate", "Learning rate and speed", [*_some(rate), *_some(speed)]),
         Section(
             "gradients",
             "Gradients and what acted on them",
             [*gradient_charts(runs), *stabiliser_charts(runs)],
-            tables=_some(_counts(runs)),
+            tables=_some(count_table(runs)),
         ),
-        Section("gap", "Stability gap", [*gap_charts(runs)], tables=_some(alone and _table(gap_table(alone)))),
+        Section("gap", "Stability gap", [*gap_charts(runs)], tables=_some(alone and table_of(gap_table(alone)))),
         Section(
             "numerics",
             "Numerics",
             _numerics_charts(runs),
-            tables=_some(alone and _table(numerics_table(alone), "The worst layers at the last report.")),
+            tables=_some(alone and table_of(numerics_table(alone), "The worst layers at the last report.")),
         ),
-        Section("rounds", "Local steps and exchanges", [], **_per_run(runs, round_facts)),
-        Section("adapters", "Adapters", [], **_per_run(runs, adapter_facts)),
-        Section("sweep", "Sweep", [], tables=[table for run in runs for table in _some(_sweep_table(run))]),
+        Section("rounds", "Local steps and exchanges", [], **per_run(runs, round_facts)),
+        Section("adapters", "Adapters", [], **per_run(runs, adapter_facts)),
+        Section("sweep", "Sweep", [], tables=[table for run in runs for table in _some(sweep_table(run))]),
         Section("others", "Everything else that was logged", [*others], texts=_left_out(left_out)),
-        Section("events", "Events", [], tables=_some(alone and _event_table(alone))),
-        Section("settings", "Settings", [], tables=_some(_difference_table(runs)), code=_config(alone)),
-        Section("environment", "Versions and hardware", [], **_per_run(runs, environment)),
+        Section("events", "Events", [], tables=_some(alone and event_table(alone))),
+        Section("settings", "Settings", [], tables=differing, texts=without_settings, code=_config(alone)),
+        Section("environment", "Versions and hardware", [], **per_run(runs, environment)),
         Section("reading", "How to read this page", [], texts=_explanations(runs)),
     ]
     for section in sections:
@@ -211,22 +238,26 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
 
 def _whose(chart: Chart, runs: Sequence[Run]) -> str:
     """Say which of several runs a picture is of, where it is not of all."""
-    names = {line.label for panel in chart.panels for line in panel.lines}
-    have = [run.name for run in runs if run.name in names]
+    labels = [line.label for panel in chart.panels for line in panel.lines]
+    have = [run.name for run in runs if any(label == run.name or label.startswith(f"{run.name} (") for label in labels)]
     if len(have) == len(runs):
         return ""
-    return f"Of {', '.join(have)} alone."
+    return f"Only {' and '.join(have)} {'has' if len(have) == 1 else 'have'} these values."
 
 
 def _not_recorded(runs: Sequence[Run]) -> list[str]:
     """Say what no logger writes, of the runs without the callback that does."""
-    names = [run.name for run in runs if run.series and not run.record]
-    if not names:
-        return []
-    whose = ", ".join(names) if len(runs) > 1 else "this run"
+    said: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        if run.series and not run.record:
+            what = "versions, hardware and the speed over the run"
+            if run.seconds is None:  # event files of TensorBoard have times
+                what = "versions, hardware, time and speed"
+            waiting = any(name.startswith("stability_report/") for name in run.series)
+            said.setdefault((what, _WAITING if waiting else _WITHOUT), []).append(run.name)
     return [
-        f"Of {whose}, versions, hardware, time and speed are not known: the callback StabilityReport records them "
-        "(lightning-stable fit ... --config addon:stability_report)."
+        f"Not recorded for {', '.join(names) if len(runs) > 1 else 'this run'}: {what}. {why}"
+        for (what, why), names in said.items()
     ]
 
 
@@ -241,121 +272,6 @@ def _numerics_charts(runs: Sequence[Run]) -> list[Picture]:
 
 def _some(value: Any) -> list[Any]:
     return [value] if value else []
-
-
-def _table(found: tuple[list[str], list[list[str]]] | None, caption: str = "") -> Table | None:
-    return None if found is None else Table(*found, caption)
-
-
-def _per_run(runs: Sequence[Run], facts: Any) -> dict[str, Any]:
-    """Return facts of a single run as facts, those of several as a table with a column each."""
-    if len(runs) == 1:
-        return {"facts": facts(runs[0])}
-    found = [dict(facts(run)) for run in runs]
-    names = list(dict.fromkeys(name for each in found for name in each))
-    if not names:
-        return {}
-    # A run of which nothing is known has no callback that would say it.
-    rows = [[name, *(each.get(name, "-" if each else "not known") for each in found)] for name in names]
-    return {"tables": [Table(["", *(run.name for run in runs)], rows)]}
-
-
-def _tiles(run: Run, facts: Facts) -> list[tuple[str, str, str]]:
-    """Return the headline: what, its value, and a remark."""
-    tiles = []
-    if facts.steps is not None:
-        epochs = f"{facts.epochs} epoch{'s' if facts.epochs != 1 else ''}" if facts.epochs else ""
-        tiles.append(("Optimizer steps", f"{facts.steps:,}", epochs))
-    if facts.seconds is not None:
-        pace = f"{facts.steps / facts.seconds:.3g} steps a second" if facts.steps and facts.seconds else ""
-        tiles.append(("Time", span(facts.seconds), pace))
-    if facts.loss is not None and facts.best_loss is not None:
-        tiles.append(("Training loss", f"{facts.loss:.4g}", f"lowest {facts.best_loss:.4g}"))
-    for name, last, best in [each for each in facts.validated if not each[0].endswith(LIVE)][:2]:
-        tiles.append((name, f"{last:.4g}", f"best {best:.4g}"))
-    if facts.spikes is not None:
-        norms = len(gradient_spikes(run))
-        tiles.append(("Loss spikes", str(facts.spikes), f"{norms} of the gradient norm" if run.record else ""))
-    return tiles
-
-
-def _verdict(facts: Facts) -> str:
-    if facts.spikes is None:
-        return ""
-    return f"Diverged: {facts.diverged}." if facts.diverged else "Did not diverge."
-
-
-def _figures(runs: Sequence[Run]) -> Table:
-    """Return the final figures of several runs."""
-    all_facts = [facts_of(run) for run in runs]
-    validated = dict.fromkeys(name for facts in all_facts for name, _, _ in facts.validated)
-    names = [name for name in validated if not name.endswith(LIVE)][:5]
-    head = ["run", "steps", "epochs", "time", "training loss", "lowest", *names, "loss spikes", "diverged"]
-    rows = []
-    for run, facts in zip(runs, all_facts, strict=True):
-        ends = {name: last for name, last, _ in facts.validated}
-        numbers = [facts.loss, facts.best_loss, *(ends.get(name) for name in names)]
-        cells = ["-" if number is None else f"{number:.4g}" for number in numbers]
-        counts = ["-" if count is None else f"{count:,}" for count in (facts.steps, facts.epochs)]
-        spikes = "-" if facts.spikes is None else str(facts.spikes)
-        rows.append([run.name, *counts, span(facts.seconds), *cells, spikes, "yes" if facts.diverged else "no"])
-    kept = [column for column in range(len(head)) if any(row[column] not in ("-", "not known") for row in rows)]
-    return Table([head[column] for column in kept], [[row[column] for column in kept] for row in rows])
-
-
-def _spike_tables(runs: Sequence[Run]) -> list[Table]:
-    """Return the highest spikes of each run's loss, and how often it was not finite."""
-    rows = []
-    for run in runs:
-        loss = training_loss(run)
-        if loss is None:
-            continue
-        name = [run.name] if len(runs) > 1 else []
-        highest = sorted(loss.spikes, key=lambda spike: spike.limit - spike.value)[:_MOST_SPIKES]
-        for step, value, limit in sorted(highest):
-            rows.append([*name, f"{step:,}", f"{value:.4g}", f"{limit:.4g}"])
-        if loss.not_finite:
-            rows.append([*name, f"{loss.first_not_finite:,}", f"not finite, {loss.not_finite} times", "-"])
-    head = [*(["run"] if len(runs) > 1 else []), "step", "loss", "limit"]
-    return [Table(head, rows, "Spikes of the loss, the highest ones.")] if rows else []
-
-
-def _counts(runs: Sequence[Run]) -> Table | None:
-    """Return the last counts of what callbacks did to updates."""
-    names = ("spike_guard/skipped", "spike_guard/clipped", "spike_guard/rewinds", "precision_fallback/count")
-    known = [name for name in names if any(finite(run.of(name)) for run in runs)]
-    if not known:
-        return None
-    rows = []
-    for name in known:
-        ends = [finite(run.of(name)) for run in runs]
-        rows.append([name, *(f"{points[-1][1]:.0f}" if points else "-" for points in ends)])
-    return Table(["count at the end", *(run.name if len(runs) > 1 else "" for run in runs)], rows)
-
-
-def _sweep_table(run: Run) -> Table | None:
-    if not run.sweep:
-        return None
-    rows = []
-    for cell in run.sweep["cells"]:
-        share = "no run" if cell["share"] is None else f"{cell['share']:.0%} of {cell['ended']}"
-        middle = "-" if cell["median"] is None else f"{cell['median']:.4g}"
-        rows.append([str(cell["precision"]), str(cell["lr"]), share, middle, str(cell["failed"] or 0)])
-    head = ["precision", "learning rate", "diverged", "median at the end of the others", "failed"]
-    return Table(head, rows, f"{len(run.sweep['runs'])} runs.")
-
-
-def _event_table(run: Run) -> Table | None:
-    rows = [[f"{event['step']:,}", str(event["what"])] for event in run.record.get("events", [])]
-    return Table(["step", "what"], rows) if rows else None
-
-
-def _difference_table(runs: Sequence[Run]) -> Table | None:
-    if len(runs) < 2:
-        return None
-    rows = [[name, *values] for name, values in differences(runs)]
-    head = ["setting", *(run.name for run in runs)]
-    return Table(head, rows, "Settings in which the runs differ.") if rows else None
 
 
 def _config(run: Run | None) -> str:
@@ -373,13 +289,17 @@ def _explanations(runs: Sequence[Run]) -> list[str]:
     if losses:
         rules = dict.fromkeys(rule_in_words(rule_of(run)) for run in runs)
         texts += rules
-        if any(is_smoothed(loss.points) for loss in losses):
-            texts.append("The bold line of a loss is its running median over a fortieth of the run to each side.")
+        if any(len(finite(loss.points)) >= MANY for loss in losses):
+            texts.append(
+                "A running median is, at each step, the median of the values within a fortieth of the run before and "
+                f"after it. A loss with fewer than {MANY} values has none."
+            )
         texts.append(
-            "A run counts as diverged if its loss ends, by the median of its last twentieth, above the lowest such "
-            f"median by more than {DIVERGED_AT:.0%} of what it had learnt until then, or is not finite at its end."
+            "A run counts as diverged if its loss is not finite at the end, or if it has lost more than "
+            f"{DIVERGED_AT:.0%} of what it had learnt. What it had learnt is how far the loss fell from the first 5% "
+            "of the run to the lowest 5%, by their medians; what it lost is how far the last 5% lie above the lowest."
         )
-    texts.append("Steps are optimizer steps that are done; a logger counts from 0, which is 1 here.")
+    texts.append("Steps are finished optimizer steps. A logger counts from 0: its step 0 is step 1 here.")
     for run in runs:
         texts.append(f"{run.name}: read from {_listed(run.sources)}.")
         texts += [f"{run.name}: {note}" for note in run.notes]

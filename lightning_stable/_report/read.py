@@ -1,7 +1,7 @@
 """Finds runs and reads their files into one model: what a logger wrote, and what callbacks of this library wrote."""
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
             except Damaged as error:
                 run.notes.append(f"{file} could not be read: {type(error).__name__}: {_short(str(error))}")
     read_events(folder, run)
+    _join_validated(run)
     return run
 
 
@@ -98,7 +99,7 @@ def read_csv(path: Path) -> dict[str, Points]:
     """
     series: dict[str, Points] = {}
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        rows = csv.reader(file)
+        rows = csv.reader(_whole_lines(file))
         names = next(rows, [])
         if "step" not in names:
             return {}
@@ -115,6 +116,25 @@ def read_csv(path: Path) -> dict[str, Points]:
                 if value is not None:
                     append(series.setdefault(name, []), done, value)
     return series
+
+
+def _whole_lines(file: Iterable[str]) -> Iterator[str]:
+    """Leave out a last line without its end: of a run in progress it may be cut within a number."""
+    return (line for line in file if line.endswith(("\n", "\r")))
+
+
+def _join_validated(run: Run) -> None:
+    """Take what was noted at validations where no log has it: a log has a value as often as it was logged.
+
+    Of a run that was resumed, the log begins at the checkpoint, and the validations before it are in the record alone.
+    """
+    names = {*run.series, *run.validated}
+    for name, noted in run.validated.items():
+        logged = run.of(name)
+        if not logged and not {f"{name}_step", f"{name}_epoch"} & names:  # the host's other name for one of these
+            run.series[name] = noted
+        elif logged and name.lower().startswith("val"):  # others may be those of the epoch before
+            run.series[name] = [point for point in noted if point[0] < logged[0][0]] + logged
 
 
 def _step(cell: str) -> int | None:

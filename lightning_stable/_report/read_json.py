@@ -33,10 +33,9 @@ def read_record(path: Path, run: Run) -> None:
             append(series.setdefault(name + end, []), step(at), number(value))
         if not optimizer and seconds is not None:
             append(series.setdefault("seconds", []), step(at), number(seconds))
+    validated = {str(name): _in_order(points) for name, points in record["metrics"].items()}
     run.series.update({name: points for name, points in series.items() if any(not math.isnan(v) for _, v in points)})
-    for name, points in record["metrics"].items():
-        run.series.setdefault(name, [(step(at), number(value)) for at, value in points])
-    run.record, run.seconds = record, record.get("seconds")
+    run.record, run.seconds, run.validated = record, record.get("seconds"), validated
     if damaged:
         run.notes.append(f"{path.name}: what it has under {', '.join(damaged)} is damaged and left out.")
     if unknown := record.get("unknown", {}).get("loss"):
@@ -94,6 +93,13 @@ def read_sweep(path: Path, run: Run) -> None:
         for cell in sweep["cells"]
     ]
     run.sweep = {"cells": cells, "runs": [dict(entry) for entry in sweep["runs"]]}
+
+
+def _in_order(points: Any) -> Points:
+    found: Points = []
+    for at, value in points:
+        append(found, step(at), number(value))
+    return found
 
 
 def _object(path: Path, known: int | None) -> dict[str, Any]:

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LIVE", "Points", "Run", "append", "finite", "median", "thin"]
+__all__ = ["LIVE", "MANY", "Points", "Run", "append", "finite", "median", "thin"]
 
 LIVE = "_live"
 """Ends the name of a validated value of the live weights, where that of their average has the name without it."""
+
+MANY = 100
+"""From so many values on a training loss is told by medians; fewer are told as they are."""
 
 Points = list[tuple[int, float]]
 """Optimizer steps done, and the value then; in order, each step once. A value may be infinite or not a number."""
@@ -31,6 +34,7 @@ class Run:
         gap: What StabilityGap wrote, ``{}`` if there is none.
         numerics: The reports of NumericsMonitor, in order.
         sweep: What a sweep wrote, ``{}`` if the folder is of no sweep.
+        validated: What StabilityReport noted at each validation, by name: of most names a log has more.
         seconds: How long it took, ``None`` if no file says so.
         sources: The files that were read.
         notes: What a reader of the page should know of them.
@@ -46,6 +50,7 @@ class Run:
     gap: dict[str, Any] = field(default_factory=dict)
     numerics: list[dict[str, Any]] = field(default_factory=list)
     sweep: dict[str, Any] = field(default_factory=dict)
+    validated: dict[str, Points] = field(default_factory=dict)
     seconds: float | None = None
     sources: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_stable._report.run import Run
 
-__all__ = ["adapter_facts", "differences", "environment", "flat_settings"]
+__all__ = ["adapter_facts", "callbacks_in", "differences", "environment", "flat_settings"]
 
 _PEFT = "lightning_stable.peft."
 _SHOWN = ("init", "init_batches", "save", "trainable", "merge_on_end")
@@ -21,9 +21,9 @@ def flat_settings(settings: dict[str, Any]) -> dict[str, str]:
     return flat
 
 
-def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Return the settings in which runs differ: the name, and the value of each run."""
-    flats = [flat_settings(run.settings) for run in runs]
+def differences(settings: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return the names in which the settings of some runs differ, and the value of each."""
+    flats = [flat_settings(each) for each in settings]
     names = dict.fromkeys(name for flat in flats for name in flat)
     rows = [(name, [flat.get(name, "-") for flat in flats]) for name in names]
     return _whole_entries([(name, values) for name, values in rows if len(set(values)) > 1])
@@ -50,7 +50,7 @@ def _whole_entries(rows: list[tuple[str, list[str]]]) -> list[tuple[str, list[st
 def adapter_facts(run: Run) -> list[tuple[str, str]]:
     """Return what is known of a run's adapters: names and values."""
     facts: list[tuple[str, str]] = []
-    for callback in _callbacks(run.config):
+    for callback in callbacks_in(run.config):
         path, given = str(callback.get("class_path", "")), callback.get("init_args") or {}
         if not path.startswith(_PEFT) or not isinstance(given, dict):
             continue
@@ -86,7 +86,8 @@ def environment(run: Run) -> list[tuple[str, str]]:
     return known
 
 
-def _callbacks(config: dict[str, Any]) -> Iterable[dict[str, Any]]:
+def callbacks_in(config: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Return the callbacks of a config."""
     trainer = config.get("trainer")
     callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
     found = callbacks if isinstance(callbacks, list) else [callbacks]

@@ -166,10 +166,11 @@ def find_spikes(points: Points, rule: SpikeRule | None = None) -> tuple[list[Spi
 
 def rule_in_words(rule: SpikeRule) -> str:
     """Return the rule as the page states it."""
-    share = f", and that takes back at least {rule.gained:.0%} of what the run has gained" if rule.gained else ""
+    gained = f"; {rule.gained:.0%} of what the loss has fallen so far" if rule.gained else ""
     return (
-        f"A spike is a value more than {rule.threshold:g} robust standard deviations (1.4826 times the median absolute "
-        f"deviation, at least 1% of the median) above the median of the last {rule.window} values before it that were "
-        f"none, four times as far as the upper twentieth of those begins{share}. The first can come after "
-        f"{min(MINIMUM, rule.window)} values."
+        f"A spike is a value far above those before it. It is compared with the last {rule.window} values that were no "
+        "spikes. It has to lie above their median by more than each of these: "
+        f"{rule.threshold:g} standard deviations (estimated from the median absolute deviation, and at least 1% of the "
+        f"median); {_TAIL:g} times the distance from the median to the 95th percentile{gained}. "
+        f"The first {min(MINIMUM, rule.window)} values cannot be spikes."
     )

@@ -6,12 +6,15 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from torch.nn.parameter import UninitializedParameter
 
 import lightning_stable
+from lightning_stable._report.weights import may_average
+from lightning_stable.callbacks._averaging import AveragedWeights
 from lightning_stable.callbacks.precision_fallback import PrecisionFallback
 
-__all__ = ["environment_of", "events_of", "model_of", "strategy_of"]
+__all__ = ["environment_of", "events_of", "model_of", "strategy_of", "validated_weights_of"]
 
 _OF_STRATEGY = ("local_steps", "delayed", "variant", "workers", "comm_dtype", "warmup_steps")
 
@@ -32,7 +35,7 @@ def environment_of(trainer: Trainer) -> dict[str, Any]:
         "precision": str(trainer.precision),
         "strategy": type(trainer.strategy).__name__,
         "accumulated_batches": trainer.accumulate_grad_batches,
-        "gradient_clip_val": trainer.gradient_clip_val,
+        "gradient_clip_val": _plain(trainer.gradient_clip_val),
     }
 
 
@@ -54,13 +57,30 @@ def model_of(pl_module: LightningModule) -> dict[str, Any]:
     return found
 
 
+def validated_weights_of(trainer: Trainer) -> str:
+    """Return whether validations are of the ``"live"`` weights or their ``"average"``; empty if it is not certain."""
+    for callback in cast(Any, trainer).callbacks:
+        if isinstance(callback, AveragedWeights):
+            return "live" if callback.validate_with == "live" else "average"
+        if isinstance(callback, WeightAveraging):
+            return "average"
+    return "" if any(may_average(type(callback).__name__) for callback in cast(Any, trainer).callbacks) else "live"
+
+
 def strategy_of(trainer: Trainer) -> dict[str, Any]:
     """Return the settings of a strategy with local steps; nothing of another one."""
     strategy = trainer.strategy
     if getattr(strategy, "local_steps", None) is None:
         return {}
-    settings = {name: getattr(strategy, name) for name in _OF_STRATEGY if hasattr(strategy, name)}
+    settings = {name: _plain(getattr(strategy, name)) for name in _OF_STRATEGY if hasattr(strategy, name)}
     return {"name": type(strategy).__name__, **settings}
+
+
+def _plain(value: Any) -> Any:
+    """Return what a file can hold: a strategy of one's own may keep a dtype or more."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def events_of(trainer: Trainer) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ class ReportFiles:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._folder / FILE_NAME, as_json(record))
-        except OSError as error:
+        except Exception as error:  # also what a record holds that JSON has no word for
             self._complain("file", error)
 
     def write_page(self, trainer: Trainer) -> None:

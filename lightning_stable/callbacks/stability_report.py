@@ -29,7 +29,13 @@ from lightning_stable._glue.quiet import is_quiet
 from lightning_stable._report.read_json import FORMAT
 from lightning_stable._report.spikes import GAINED, SpikeRule
 from lightning_stable.callbacks._host import gradient_scaler, run_first
-from lightning_stable.callbacks._report_facts import environment_of, events_of, model_of, strategy_of
+from lightning_stable.callbacks._report_facts import (
+    environment_of,
+    events_of,
+    model_of,
+    strategy_of,
+    validated_weights_of,
+)
 from lightning_stable.callbacks._report_files import ReportFiles
 from lightning_stable.callbacks._step_record import SIGNALS, StepRecord
 from lightning_stable.callbacks._worker_state import mean_over_processes, trains_apart
@@ -184,6 +190,7 @@ class StabilityReport(Callback):
         self._files.begin(trainer)
         environment = environment_of(trainer)
         self._facts = {"environment": environment, "model": model_of(pl_module), "strategy": strategy_of(trainer)}
+        self._facts["validated_weights"] = validated_weights_of(trainer)
         if not self._norms:
             self._files.once(
                 f"StabilityReport records no gradient norm with {environment['strategy']}, which shards it."

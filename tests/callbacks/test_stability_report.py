@@ -10,12 +10,14 @@ import pytest
 import torch
 from gradients import entries
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_stable._report.page import Written
 from lightning_stable._report.read_json import FILE_NAME
-from lightning_stable.callbacks import SAM, PrecisionFallback, SpikeGuard, StableSPAM, WarmupStableDecay
+from lightning_stable.callbacks import EMA, SAM, PrecisionFallback, SpikeGuard, StableSPAM, WarmupStableDecay
 from lightning_stable.callbacks.stability_report import StabilityReport
 from lightning_stable.testing.harness import Net, SaveAt, Stream, fit
 from lightning_stable.testing.modules import ManualNet, TwoOptimizerNet
@@ -280,6 +282,40 @@ def test_what_cannot_be_written_is_a_warning_and_no_end() -> None:
         pytest.warns(RuntimeWarning, match="StabilityReport: its page could not be written"),
     ):
         assert len(fit([plugin], max_steps=5).steps) == 5
+
+
+class Wide(SingleDeviceStrategy):
+    """Has what strategies with local steps have, and keeps it as it likes."""
+
+    local_steps, comm_dtype, workers = 2, torch.bfloat16, torch.device("cpu")
+
+
+def test_settings_of_a_strategy_are_written_as_plain_values() -> None:
+    fit([report()], max_steps=2, strategy=Wide())
+    kept = {"name": "Wide", "local_steps": 2, "workers": "cpu", "comm_dtype": "bfloat16"}
+    assert read()["strategy"] == kept
+
+
+@pytest.mark.parametrize(
+    ("others", "weights"),
+    [
+        ([], "live"),
+        ([EMA(0.9)], "average"),
+        ([EMA(0.9, validate_with="live")], "live"),
+        ([WeightAveraging()], "average"),
+    ],
+)
+def test_the_record_says_which_weights_were_validated(others, weights):
+    fit([report(), *others], max_steps=2)
+    assert read()["validated_weights"] == weights
+
+
+def test_a_record_that_cannot_be_written_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "lightning_stable.callbacks.stability_report.strategy_of", lambda trainer: {"name": torch.bfloat16}
+    )
+    with pytest.warns(RuntimeWarning, match=r"could not be written \(TypeError: .* The run goes on"):
+        assert len(fit([report()], max_steps=3).steps) == 3
 
 
 def test_without_matplotlib_a_warning_says_what_the_page_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,20 @@ FRAME = """<!DOCTYPE html><html><head><link rel="icon" href="data:,"></head><bod
 window.onload = () => {
   const within = document.querySelector("iframe").contentWindow, page = within.document;
   const widths = [...page.querySelectorAll("svg")].map((svg) => svg.getBoundingClientRect().width);
+  const split = [];
+  for (const cell of page.querySelectorAll("th, td")) {
+    const walker = page.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+      for (const word of walker.currentNode.data.matchAll(/\\S+/g)) {
+        const range = page.createRange();
+        range.setStart(walker.currentNode, word.index);
+        range.setEnd(walker.currentNode, word.index + word[0].length);
+        if (new Set([...range.getClientRects()].map((lines) => lines.top)).size > 1) split.push(word[0]);
+      }
+    }
+  }
   const found = {
+    split: split.join(" "),
     width: within.innerWidth,
     scroll: page.documentElement.scrollWidth,
     shown: widths.filter((width) => width > 0).length,
@@ -111,6 +124,7 @@ def test_it_renders_without_errors_requests_or_sideways_scroll(width, page, serv
     found = seen(done)
     assert int(found["width"]) == width
     assert int(found["scroll"]) <= width
+    assert found["split"] == ""  # no word, and no number, goes on in the next line
     assert found["loaded"] == "0"
     assert asked == [f"/{width}", "/page"]
     # Of the two widths in which a picture of the whole page is there the one that fits, and every other picture.

@@ -17,7 +17,7 @@ from lightning_stable._report.read import read_run
 class Checked(HTMLParser):
     """Collects ids, links, headings and what stands in the elements, and complains of elements that are not closed."""
 
-    VOID = ("meta", "link", "br", "img", "path", "use", "rect", "image")
+    VOID = ("meta", "link", "br", "wbr", "img", "path", "use", "rect", "image")
 
     def __init__(self, text):
         super().__init__()
@@ -104,7 +104,7 @@ def test_a_page_has_a_section_for_everything_that_is_there(everything):
         "PrecisionFallback: high precision",
         "Underflow of gradients",
         "classes 2, 3",
-        "A spike is a value more than 6 robust",
+        "A spike is a value far above those before it.",
         "Rounds that ended",
         "300 ms, others 250 ms",
         "&lt;b&gt;&amp;amp;",
@@ -118,7 +118,7 @@ def test_sections_without_data_are_left_out(tmp_path):
     write_page([run], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert Checked(text).headings == ["Loss", "How to read this page"]
-    assert "versions, hardware, time and speed are not known: the callback StabilityReport" in text
+    assert "Not recorded for this run: versions, hardware, time and speed. The callback StabilityReport" in text
     assert text.count("<svg") == 2  # of a desk and of a phone
 
 
@@ -140,7 +140,7 @@ def test_several_runs_are_compared(tmp_path):
     page = Checked(text)
     assert len(set(page.ids)) == len(page.ids)
     assert "2 runs compared" in text
-    assert re.search(r"model.init_args.lr</th><td>0.1</td><td>0.3</td>", text)
+    assert "model.<wbr>init_<wbr>args.<wbr>lr</th><td>0.1</td><td>0.3</td>" in text
     assert re.search(r">first</th>.*<td>1</td><td>no</td>", text)
     for chart in re.findall(r"<figure.*?</figure>", text, flags=re.DOTALL):
         if "<figcaption>val_loss_live" not in chart:
@@ -152,6 +152,7 @@ def test_odd_names_and_values_are_drawn_as_they_are(tmp_path):
     odd = {
         "train_loss": [1e30, -1e30, math.inf, 0.0],
         "val_$a$_^": [1.0, 2.0, math.nan, 3.0],
+        "val\\loss": [1.0, 2.0, 3.0, 4.0],
         "_grad_norm": [0.0, 0.0, 0.0, 0.0],
         "<script>": [math.nan, math.inf, 1.0, -1.0],
         "lr-SGD": [0.0, 0.0, 0.0, 0.0],
@@ -165,6 +166,8 @@ def test_odd_names_and_values_are_drawn_as_they_are(tmp_path):
     write_page(runs, tmp_path / "two.html")
     for name in ("one", "two"):
         text = (tmp_path / f"{name}.html").read_text()
+        assert 'aria-label="val\\loss"' in text
+        assert "could not be drawn" not in text
         assert Checked(text).headings
         assert "val_$a$_^" in text
     assert "_one$</text>" in text
@@ -203,11 +206,13 @@ def test_a_picture_of_some_of_the_runs_says_of_which(tmp_path, monkeypatch):
     write_page(runs, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     shown = dict(re.findall(r"<figcaption>(.*?)</figcaption>(.*?)</figure>", text, re.DOTALL))
-    assert "Of first alone." in shown["Speed"]
-    assert "Of second alone." in shown["val_accuracy"]
-    assert "alone" not in shown["Training loss"]
-    assert "Of second, versions, hardware, time and speed are not known" in text
-    assert re.search(r">torch</th><td>[^<]+</td><td>not known</td>", text)
+    assert "Only first has these values." in shown["Speed"]
+    assert "Only second has these values." in shown["val_accuracy"]
+    assert "Only" not in shown["Training loss"]
+    assert "Not recorded for second: versions, hardware, time and speed." in text
+    assert re.search(r">torch</th><td>[^<]+</td></tr>", text)  # one column, and once why there is no second one
+    assert text.count("Nothing of this is recorded for second.") == 3
+    assert "not known" not in text
 
 
 def test_a_picture_alone_takes_the_width_and_phases_have_names(everything, tmp_path):
@@ -262,6 +267,24 @@ def test_pictures_are_written_beside_the_page(everything, tmp_path):
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
 
 
+def test_pictures_of_long_and_like_names_have_files_of_their_own(tmp_path):
+    names = ["val_" + 300 * "x" + end for end in "ab"] + ["val_" + 200 * "\u8a9e", "val_a", "val_a!", "val_a_2", "!"]
+    rows = [{"step": step, **dict.fromkeys(names, step)} for step in range(2)]
+    written = write_pictures([read_run(write_csv(tmp_path, rows).parent)], tmp_path / "report.html")
+    assert len(set(written)) == len(names)
+    assert all(path.is_file() and len(path.name.encode()) < 255 for path in written)
+    assert tmp_path / "report_pictures" / "picture.png" in written
+
+
+def test_a_run_in_progress_waits_for_its_record(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_stable._report.page.as_svg", lambda chart, prefix, wide: "<svg></svg>")
+    rows = [{"step": step, "stability_report/loss": 1.0} for step in range(3)]
+    write_page([read_run(write_csv(tmp_path, rows).parent)], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "They are in stability_report.json, which is missing: StabilityReport writes it every half a minute" in text
+    assert "addon:stability_report" not in text
+
+
 def test_without_matplotlib_the_page_has_its_tables(everything, tmp_path, monkeypatch):
     run, _ = everything
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
@@ -270,8 +293,9 @@ def test_without_matplotlib_the_page_has_its_tables(everything, tmp_path, monkey
     assert "lightning-stable[plots]" in written.without_pictures
     text = (tmp_path / "report.html").read_text()
     assert "<svg" not in text
-    assert "This page has no pictures." in text
     assert "Spikes of the loss" in text
+    assert re.search(r"This page has no pictures\. .*pip install &#39;lightning-stable\[plots\]&#39;</p>", text)
+    assert "Validation" not in Checked(text).headings  # it has nothing but pictures
     with pytest.raises(ModuleNotFoundError, match="plots"):
         write_pictures([run], tmp_path / "report.html")
 
@@ -286,5 +310,5 @@ def test_phases_come_from_the_record_or_from_the_log(tmp_path):
 def test_a_smoothed_line_is_the_median_around_each_value():
     points = [(step, 100.0 if step == 50 else float(step % 3)) for step in range(1, 121)]
     assert smoothed(points)[49] == (50, 1.0)
-    assert smoothed(points[:20]) == points[:20]
+    assert smoothed(points[:99]) == points[:99]
     assert len(smoothed([(step, 1.0) for step in range(50000)])) <= 2100

@@ -25,7 +25,13 @@ def test_a_run_of_a_csv_logger(tmp_path):
     facts = facts_of(run)
     assert (facts.steps, facts.epochs, facts.seconds, facts.spikes, facts.diverged) == (300, 3, None, 1, "")
     assert facts.loss == pytest.approx(1.0, abs=0.05)
-    assert [name for name, _, _ in facts.validated] == ["val_loss", "val_loss_live", "val_accuracy"]
+    assert [each.name for each in facts.validated] == ["val_loss", "val_loss_live", "val_accuracy"]
+
+
+def test_a_last_line_that_is_cut_is_left_out(tmp_path):
+    path = write_csv(tmp_path, [{"loss": 1.0, "step": step} for step in range(120)])
+    path.write_text(path.read_text() + "0.5,12")  # of 0.5,120
+    assert read_run(tmp_path).of("loss")[-1] == (120, 1.0)
 
 
 def test_a_run_that_went_back_gives_way_to_what_came_after(tmp_path):
@@ -136,6 +142,27 @@ def test_a_config_that_stands_for_too_much_is_a_note(text, why, tmp_path):
     assert run.config == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "mode", "remark"),
+    [
+        ("val_loss", None, "best 0.41 at step 2"),
+        ("val/Loss_epoch", None, "best 0.41 at step 2"),
+        ("val_mse/dataloader_idx_1", None, "best 0.41 at step 2"),
+        ("val_acc", None, "best 1 at step 1"),
+        ("val_wer", None, "lowest 0.41, highest 1"),
+        ("val_lossless", None, "lowest 0.41, highest 1"),
+        ("val_wer", "min", "best 0.41 at step 2"),
+        ("val_bleu", "max", "best 1 at step 1"),
+        ("val_acc", "min", "lowest 0.41, highest 1"),  # one of both is wrong
+    ],
+)
+def test_the_best_is_said_where_it_is_known_which_one_that_is(name, mode, remark, tmp_path):
+    run = read_run(write_csv(tmp_path, [{"step": step, name: v} for step, v in enumerate((1.0, 0.41, 0.5))]).parent)
+    watch = {"class_path": "a.ModelCheckpoint", "init_args": {"monitor": name, "mode": mode}}
+    run.config = {"trainer": {"callbacks": [watch, {**watch, "init_args": {"monitor": "other", "mode": "max"}}]}}
+    assert facts_of(run).validated == [(name, 0.5, remark)]
+
+
 def test_what_is_not_known_is_told_from_what_is_not_finite(tmp_path):
     losses = [1.0, None, None, 4.0]
     series = {
@@ -161,7 +188,9 @@ def test_a_callback_that_one_run_lacks_is_one_line_of_the_differences(tmp_path):
     runs = [read_run(write_run(tmp_path / name, steps=9)) for name in ("a", "b")]
     given = {"every_n_steps": 50, "pictures": True}
     runs[1].config["trainer"]["callbacks"].append({"class_path": "a.StabilityReport", "init_args": given})
-    assert differences(runs) == [("trainer.callbacks[StabilityReport]", ["-", "every_n_steps: 50, pictures: yes"])]
+    assert differences([run.config for run in runs]) == [
+        ("trainer.callbacks[StabilityReport]", ["-", "every_n_steps: 50, pictures: yes"])
+    ]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +222,29 @@ def test_the_record_of_the_callback_comes_before_the_log(tmp_path):
     assert len(run.of("val_loss")) == 6
     assert facts_of(run).seconds == 75.0
     assert ("Ranks", "4 to 8 in 2 layers") in adapter_facts(run)
+
+
+def test_a_log_comes_before_what_was_noted_at_validations(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    noted = {
+        "val_loss": [[20, 4.0], [40, 3.0], [60, 2.0]],
+        "train_acc": [[20, 0.1], [40, 0.2]],
+        "loss": [[20, 0.1], [40, 0.2]],
+        "alone": [[20, 5.0]],
+    }
+    write_record(tmp_path, steps=60, metrics=noted)
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(30, 60):  # it was resumed from 30
+            writer.add_scalar("train_acc", 0.5, step)
+            writer.add_scalar("loss_step", 0.5, step)
+        for step in (39, 59):
+            writer.add_scalar("val_loss", 7.0, step)
+    run = read_run(tmp_path)
+    assert run.of("train_acc") == [(step + 1, 0.5) for step in range(30, 60)]
+    assert run.of("val_loss") == [(20, 4.0), (40, 7.0), (60, 7.0)]
+    assert run.of("alone") == [(20, 5.0)]
+    assert "loss" not in run.series
 
 
 def test_a_record_alone_is_a_run_with_all_of_its_optimizers(tmp_path):
@@ -269,7 +321,7 @@ def test_runs_are_found_below_a_folder_the_newest_first(tmp_path):
 def test_settings_are_flat_and_their_differences_named(tmp_path):
     runs = [read_run(write_run(tmp_path / name, lr=rate)) for name, rate in (("a", 0.1), ("b", 0.2))]
     assert flat_settings(runs[0].config)["trainer.callbacks[EMA].decay"] == "0.9"
-    assert differences(runs) == [("model.init_args.lr", ["0.1", "0.2"])]
+    assert differences([run.config for run in runs]) == [("model.init_args.lr", ["0.1", "0.2"])]
 
 
 def test_adapters_are_told_from_the_config(tmp_path):

@@ -60,9 +60,9 @@ def test_a_band_goes_on_from_its_state():
 
 def test_the_rule_is_said_with_its_numbers():
     words = rule_in_words(SpikeRule(4.0, 64, 0.05))
-    for part in ("more than 4 robust", "last 64 values", "at least 5% of what the run has gained"):
+    for part in ("4 standard deviations", "last 64 values", "5% of what the loss has fallen"):
         assert part in words
-    assert "gained" not in rule_in_words(SpikeRule(gained=0.0))
+    assert "fallen" not in rule_in_words(SpikeRule(gained=0.0))
 
 
 @pytest.mark.parametrize(
