@@ -21,10 +21,11 @@ __all__ = ["Config", "addons_last", "read_configs", "walk_arguments"]
 
 _EXTENDS = re.compile(r"^(?P<quote>['\"]?)extends(?P=quote)[ \t]*:(?P<name>[^#\n]*)(#[^\n]*)?$", re.MULTILINE)
 
-# As the parser takes them: it lets names be shortened.
-_SPELLINGS = {"-c", *("--config"[:length] for length in range(len("--co"), len("--config") + 1))}
+_SPELLINGS = ("-c", "--config")
 
 _SWEEP_RECORD = "lightning_stable.cli._sweep_record.SweepRecord"
+
+_KINDS = {list: "list", str: "text", int: "number", float: "number"}
 
 # A config that says nothing. The parser takes no empty text, nor comments alone.
 _EMPTY = "{}"
@@ -52,11 +53,15 @@ class Config(NamedTuple):
         Raises:
             CommandError: If it is no YAML.
         """
-        try:
-            found = yaml.safe_load(self.text)
-        except yaml.YAMLError as error:
-            raise CommandError(f"--config {self.name} is no YAML: {' '.join(str(error).split())}") from error
+        found = self._parsed()
         return found if isinstance(found, dict) else {}
+
+    def _parsed(self) -> Any:
+        try:
+            return yaml.safe_load(self.text)
+        except yaml.YAMLError as error:
+            told = " ".join(str(error).replace(' in "<unicode string>",', " in").split())
+            raise CommandError(f"--config {self.name} is no YAML: {told}") from error
 
     @property
     def trainer(self) -> dict[str, Any]:
@@ -70,7 +75,16 @@ class Config(NamedTuple):
         return _SWEEP_RECORD in self.text and list(self.content) == ["trainer"]
 
     def check(self) -> None:
-        """Raise ``CommandError`` if it is no YAML, or its ``trainer`` would take the place of all settings before."""
+        """Raise ``CommandError`` if it is no YAML of settings, or its ``trainer`` would take the place of all before.
+
+        What is no file is left to the parser, as ever.
+        """
+        whole = self._parsed()
+        if isinstance(whole, list) or not (whole is None or isinstance(whole, dict) or not _is_file(self.name)):
+            raise CommandError(
+                f"--config {self.name} is no mapping of settings but a {_KINDS.get(type(whole), 'value')}. Write them "
+                "as 'trainer: {max_steps: 100}'."
+            )
         found = self.content.get("trainer", {})
         if not isinstance(found, dict):
             raise CommandError(
@@ -91,7 +105,7 @@ def read_configs(given: str) -> list[Config]:
     path, is_addon = resolve_config(given)
     # What is no file is left to the parser, which reads it as YAML or says that it does not exist.
     is_file = _is_file(path)
-    text = Path(path).read_text(encoding="utf-8-sig") if is_file else path  # some editors begin a file with a mark
+    text = _read(path, given) if is_file else path
     found = _EXTENDS.search(text)
     if found is None:
         return [Config(given, _EMPTY if is_file and _says_nothing(text) else path, text, is_addon)]
@@ -170,6 +184,20 @@ def _says(config: Config, option: str) -> bool:
             return False
         found = settings[key]
     return True
+
+
+def _read(path: str, given: str) -> str:
+    """Return what is in a file.
+
+    Raises:
+        CommandError: If it cannot be read, or is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+    except UnicodeDecodeError as error:
+        raise CommandError(f"--config {given} is no text in UTF-8: {error}. Save it anew in that encoding.") from error
+    except OSError as error:
+        raise CommandError(f"--config {given} cannot be read: {error.strerror}.") from error
 
 
 def _says_nothing(text: str) -> bool:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from typing_extensions import override
 
@@ -61,7 +61,10 @@ examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line."""
+    """An argparse parser whose errors are one line, and whose options are written out in full."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **given})
 
     @override
     def error(self, message: str) -> NoReturn:
@@ -183,7 +186,6 @@ def _parser() -> _Parser:
         description="Stable training runs with PyTorch Lightning, from config files.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {lightning_stable.__version__}")
     parser.add_argument(
@@ -213,7 +215,6 @@ def _parser() -> _Parser:
             help=COMMANDS["sweep"],
             description="Train once for each seed, learning rate and precision, each run in a process of its own, and "
             "report the share that diverged.",
-            allow_abbrev=False,
         )
     )
     commands.add_parser("list", help=COMMANDS["list"], description="List methods, recipes, addons, guides and scripts.")
@@ -244,7 +245,7 @@ def _parser() -> _Parser:
     )
     for command, module in _MODULES.items():
         import_module(f"lightning_stable.cli.{module}").add_options(
-            commands.add_parser(command, help=COMMANDS[command], allow_abbrev=False)
+            commands.add_parser(command, help=COMMANDS[command])
         )
     for command, text in TRAINER_COMMANDS.items():
         commands.add_parser(command, help=text)

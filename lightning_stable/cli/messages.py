@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+from pathlib import Path
 from types import FrameType, TracebackType
 
 from lightning_stable.cli._sweep_precision import is_simulated_format
@@ -25,12 +26,15 @@ _NO_CLASS = re.compile(
 _REQUIRED = re.compile(r"arguments are required: (?:\w+\.)?(?P<key>.+)")
 _NO_ATTRIBUTE = re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'")
 _NO_MODULE = re.compile(r"No module named '(?P<module>[\w.]+)\.(?P<name>\w+)'")
+_NO_TOP_MODULE = re.compile(r"No module named '(?P<name>\w+)'")
 _PRECISION = re.compile(r"trainer\.precision: expected .*, got (?P<given>\S+)\.", re.DOTALL)
 _RESOLVED = re.compile(r"resolved to '(?:fit|validate|test|predict)\.(?P<key>[^']+)'")
 
 _PARSER = "jsonargparse."
 # Where an exception about a bad value is raised on purpose, with a message made for the user.
 _TRUSTED = ("lightning_stable.", "lightning.", _PARSER, "torch.optim.")
+# Who says by such a message which package to install.
+_OF_PACKAGES = ("lightning_stable.", "lightning.")
 
 
 def explain_parsing(message: str, command: str, known: list[str]) -> str:
@@ -61,7 +65,7 @@ def explain_parsing(message: str, command: str, known: list[str]) -> str:
             listing = f"Its options: {', '.join(options)}" if options else f"See --{found['key']}.help {found['path']}"
             hint = _suggest(option["option"], options, listing)
             return f"{found['key']}: the class {found['path']} has no option {option['option']!r}. {hint}"
-        near = _near_import(problem)
+        near = _near_import(problem, found["path"])
         return f"{found['key']}: problem with the class {found['path']}: {' '.join(problem.split())}{near}"
     if found := no_class:
         named = next((method.class_name for method in methods() if method.name == found["name"].rstrip(".,")), None)
@@ -115,14 +119,17 @@ def explain_interpolation(message: str, full_key: str | None) -> str:
 def is_bad_input(error: BaseException) -> bool:
     """Return whether an exception says all in its message, so that its traceback would only hide it.
 
-    True for errors about values and settings that this package, the host or an optimizer raised, and for those about
-    another process of the run, which tells its own reason; an error of the same type from anywhere else may be a bug,
-    and is shown in full.
+    True for errors about values and settings that this package, the host or an optimizer raised, for those about a
+    package that they say is missing or too old, and for those about another process of the run, which tells its own
+    reason; an error of the same type from anywhere else may be a bug, and is shown in full.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lightning_stable.strategies._workers import LostWorkerError
 
+    if isinstance(error, ImportError):
+        # Python's own name the module; one without a name was raised on purpose.
+        return error.name is None and _raised_in(error).startswith(_OF_PACKAGES)
     if not isinstance(error, (ValueError, FileNotFoundError, MisconfigurationException, LostWorkerError)):
         return False
     if isinstance(error, LostWorkerError) and error.__cause__ is not None and error.__cause__.__context__ is not None:
@@ -188,11 +195,28 @@ def near_path(module: str, name: str) -> str:
     return _near([f"{module}.{each}" for each in difflib.get_close_matches(name, sorted(set(names)), n=3, cutoff=0.6)])
 
 
-def _near_import(problem: str) -> str:
-    """Return what is near to a class or module that a problem says is not there; nothing where it says none."""
+def _near_import(problem: str, path: str) -> str:
+    """Return what is near to a class or module that a problem says is not there; nothing where it says none.
+
+    Args:
+        problem: What the parser says.
+        path: The full path of the class that was given.
+    """
+    first, _, rest = path.partition(".")
+    if (found := _NO_TOP_MODULE.search(problem)) and found["name"] == first:
+        return f". {_place_of_module(first, rest)}"
     found = _NO_ATTRIBUTE.search(problem) or _NO_MODULE.search(problem)
     near = near_path(found["module"], found["name"]) if found else ""
     return f". {near}" if near else ""
+
+
+def _place_of_module(name: str, rest: str) -> str:
+    """Return where a module is looked for that was not found, and the near ones that are there."""
+    here = [path.stem for path in Path.cwd().glob("*.py")]
+    here += [path.parent.name for path in Path.cwd().glob("*/*.py")]
+    near = difflib.get_close_matches(name, sorted(set(here)), n=3, cutoff=0.6)
+    place = f"{name} has to be importable from where you start: as {name}.py in the current folder, or installed."
+    return f"{place} {_near([f'{each}.{rest}' for each in near])}".rstrip()
 
 
 def _suggest(name: str, candidates: list[str], otherwise: str) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +22,11 @@ __all__ = [
     "budget_rows",
     "last_validation",
     "logged_budgets",
+    "print_interrupted",
     "print_summary",
     "read_metrics",
     "validation_metrics",
+    "warn_if_untrained",
 ]
 
 LIVE = "_live"
@@ -139,7 +142,10 @@ def print_summary(trainer: Trainer, folder: Path) -> None:
         # from it, and a log beside it may go beyond the checkpoint or be that of another run.
         budgets = logged_budgets(metrics, reached, _late(trainer))
     if metrics and budgets:
-        _print_table(budget_rows(metrics, budgets, _checkpoint_folders(trainer, folder), _late(trainer)))
+        rows = budget_rows(metrics, budgets, _checkpoint_folders(trainer, folder), _late(trainer))
+        _print_table(rows)
+        if missed := [row.step for row in rows if None in row.values.values()]:
+            sys.stdout.write(f"{_missed(missed, trainer)}\n")
         if earlier := reached[: -len(budgets)]:
             sys.stdout.write(_earlier(earlier))
     elif not any(isinstance(callback, StabilityGap) for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -151,6 +157,48 @@ def print_summary(trainer: Trainer, folder: Path) -> None:
     for picture in _gap_pictures(trainer, folder):  # its table was printed where each task ended
         sys.stdout.write(f"Picture: {short_path(picture)}\n")
     sys.stdout.write(f"The run's files are in {short_path(folder)}\n")
+
+
+def print_interrupted(trainer: Trainer, started: float) -> None:
+    """Say on stderr where the files of a run are that was interrupted, and how to go on, if it left a checkpoint.
+
+    Args:
+        trainer: The Trainer, on the first process. The others are not asked: they may be gone.
+        started: The time at which the run began. Older checkpoints in a folder are those of other runs.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    logger = next(iter(trainer.loggers), None)
+    folder = Path(getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) or trainer.default_root_dir)
+    saved = [path for place in _checkpoint_folders(trainer, folder) for path in place.glob("*.ckpt")]
+    times = {path.stat().st_mtime: path for path in saved}
+    if times and max(times) >= started:
+        newest = shlex.quote(short_path(times[max(times)]))
+        sys.stderr.write(
+            f"lightning-stable: interrupted. The run's files are in {short_path(folder)}. To go on, give the same "
+            f"command with --ckpt_path {newest}\n"
+        )
+
+
+def warn_if_untrained(trainer: Trainer) -> None:
+    """Say on stderr if a run was to go on from a checkpoint at or beyond its end, so that nothing was trained.
+
+    Args:
+        trainer: A Trainer whose fit is over.
+    """
+    if not trainer.fit_loop.is_resuming:  # from the loading of a checkpoint on, until an epoch is over or stopped in
+        return
+    for name, reached, limit in (
+        ("step", trainer.global_step, trainer.max_steps),
+        ("epoch", trainer.current_epoch, trainer.max_epochs or -1),
+    ):
+        if 0 < limit <= reached:
+            place = "beyond" if limit < reached else "where the run ends by"
+            sys.stderr.write(
+                f"lightning-stable: warning: nothing was trained: the checkpoint is at {name} {reached}, {place} "
+                f"trainer.max_{name}s={limit}. Raise that to train on.\n"
+            )
+            return
 
 
 def _gap_pictures(trainer: Trainer, folder: Path) -> list[Path]:
@@ -211,17 +259,19 @@ def _print_table(rows: list[BudgetRow]) -> None:
     console.print(table)
     folders = dict.fromkeys(short_path(row.checkpoint.parent) for row in rows if row.checkpoint)
     sys.stdout.writelines(f"Checkpoints: {folder}\n" for folder in folders)
-    missed = [row.step for row in rows if None in row.values.values()]
-    if missed:
-        sys.stdout.write(f"{_missed(missed)}\n")
 
 
-def _missed(steps: list[int]) -> str:
+def _missed(steps: list[int], trainer: Trainer) -> str:
     """Say why cells are empty, and what fills them."""
     plural = "s" if len(steps) > 1 else ""
+    # The last row is the end of the run, which need not be where it was meant to be.
+    end = "trainer.max_steps" if trainer.global_step == trainer.max_steps else "the step at which the run ends"
+    what = ["the budgets"] * any(step < trainer.global_step for step in steps)
+    what += [end] * (trainer.global_step in steps)
+    null = "" if trainer.check_val_every_n_epoch is None else ", with check_val_every_n_epoch: null"
     return (
         f"No validation ran at step{plural} {', '.join(map(str, steps))}. For a number there let "
-        "trainer.val_check_interval divide the budgets and trainer.max_steps, with check_val_every_n_epoch: null."
+        f"trainer.val_check_interval, now {trainer.val_check_interval}, divide {' and '.join(what)}{null}."
     )
 
 
@@ -230,7 +280,7 @@ def _earlier(steps: list[int]) -> str:
     plural = "s" if len(steps) > 1 else ""
     return (
         f"Budget{plural} {', '.join(map(str, steps))}: before the log of this run, which went on from a checkpoint; "
-        "see the table of the earlier run.\n"
+        "see that of the earlier run.\n"
     )
 
 

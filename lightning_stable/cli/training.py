@@ -12,7 +12,7 @@ These are added to the host's command line:
   ``${marks:TOTAL,INTERVAL,0.25,0.5}`` are shares that are multiples of an interval. ``${product:A,B}`` multiplies.
 * A variable that is set and that nothing refers to is an error.
 * What a run takes once and two configs bring, such as two strategies, is an error that names both.
-* Wrong keys and values give one message instead of a traceback.
+* Wrong keys and values give one message instead of a traceback. Options are written out in full.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import logging
 import math
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,7 @@ from lightning_stable.cli._conflicts import refuse_conflicts, settle_precision
 from lightning_stable.cli._variables import check_variables
 from lightning_stable.cli.locate import CommandError
 from lightning_stable.cli.messages import explain_interpolation, explain_parsing, is_bad_input, near_path, root_error
-from lightning_stable.cli.summary import print_summary
+from lightning_stable.cli.summary import print_interrupted, print_summary, warn_if_untrained
 from lightning_stable.registry import methods, nearest
 
 __all__ = ["DEFAULT_SEED", "StableCLI", "interval", "marks", "product", "share", "shares", "train"]
@@ -149,7 +150,8 @@ class StableCLI(LightningCLI):
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = StableParser(**kwargs)
+        # A shortened name would be another option's as soon as the host has one more of them.
+        parser = StableParser(allow_abbrev=False, **kwargs)
         parser.add_argument(
             "-c",
             "--config",
@@ -198,10 +200,21 @@ class StableCLI(LightningCLI):
         self._say(settle_precision(self._arguments, trainer))
         refuse_conflicts(self._arguments, trainer, self._get(self.config, "lr_scheduler"))
 
+    def fit(self, **given: Any) -> None:
+        """Run the Trainer's ``fit``; where Ctrl-C ends it, say how to go on."""
+        started = time.time()
+        try:
+            self.trainer.fit(**given)
+        except SystemExit as stop:
+            if isinstance(stop.__context__, KeyboardInterrupt) and self.trainer.is_global_zero:
+                print_interrupted(self.trainer, started)
+            raise
+
     def after_fit(self) -> None:
         """Say what came out and where it is, once, on the first process."""
         folder = self.trainer.log_dir  # asks the other processes: all of them have to come by
         if self.trainer.is_global_zero and folder is not None:
+            warn_if_untrained(self.trainer)
             print_summary(self.trainer, Path(folder))
 
     @staticmethod

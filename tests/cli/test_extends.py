@@ -116,7 +116,7 @@ vars: {lr: 0.5, ema_decay: 0.5}
 
 @pytest.mark.parametrize(
     "spelling",
-    [["-c", "addon:ema"], ["--config=addon:ema"], ["-caddon:ema"], ["-c=addon:ema"], ["--conf", "addon:ema"]],
+    [["-c", "addon:ema"], ["--config=addon:ema"], ["-caddon:ema"], ["-c=addon:ema"]],
     ids=" ".join,
 )
 def test_an_addon_before_a_file_adds_to_it(spelling, base, tmp_path, capsys):

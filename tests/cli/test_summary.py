@@ -2,13 +2,21 @@
 
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lightning_stable.cli.main import main
 from lightning_stable.cli.picture import draw_training
-from lightning_stable.cli.summary import budget_rows, last_validation, logged_budgets, read_metrics, validation_metrics
+from lightning_stable.cli.summary import (
+    _missed,
+    budget_rows,
+    last_validation,
+    logged_budgets,
+    read_metrics,
+    validation_metrics,
+)
 
 LOG = """\
 epoch,step,lr-AdamW,train_loss,val_accuracy,val_accuracy_live,val_loss,val_loss_live,wsd/phase
@@ -139,11 +147,25 @@ def test_empty_cells_are_explained(quickstart):
     out = quickstart("--trainer.val_check_interval", "3", "--vars.budgets", "[3, 5]")
     (line,) = [line for line in out.splitlines() if "No validation ran" in line]
     assert "at steps 5, 8." in line
-    assert "trainer.val_check_interval" in line
+    assert line.endswith("let trainer.val_check_interval, now 3, divide the budgets and trainer.max_steps.")
+
+
+@pytest.mark.parametrize(
+    ("steps", "max_steps", "epochs", "ending"),
+    [
+        ([8], 8, None, "divide trainer.max_steps."),
+        ([8], 9, None, "divide the step at which the run ends."),
+        ([4], 8, 1, "divide the budgets, with check_val_every_n_epoch: null."),
+    ],
+    ids=["the last", "ended early", "a budget"],
+)
+def test_what_an_interval_has_to_divide(steps, max_steps, epochs, ending):
+    trainer = SimpleNamespace(global_step=8, max_steps=max_steps, val_check_interval=3, check_val_every_n_epoch=epochs)
+    assert _missed(steps, trainer).endswith(ending)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a run that goes on has a folder of its own
-def test_an_interrupted_quickstart_leaves_a_checkpoint_to_go_on_from(quickstart, tmp_path):
+def test_an_interrupted_quickstart_leaves_a_checkpoint_to_go_on_from(quickstart, tmp_path, capsys):
     (tmp_path / "stopping.py").write_text(
         "from lightning.pytorch import Callback\n"
         "class Stops(Callback):\n"
@@ -154,6 +176,10 @@ def test_an_interrupted_quickstart_leaves_a_checkpoint_to_go_on_from(quickstart,
     quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.max_steps", "8"]
     interval = ["--trainer.val_check_interval", "4", "--trainer.log_every_n_steps", "4"]
     assert main(["run", "quickstart", *quiet, *interval, "--trainer.callbacks+=stopping.Stops"]) == 130
+    assert capsys.readouterr().err.endswith(
+        "lightning-stable: interrupted. The run's files are in runs/quickstart/version_0. To go on, give the same "
+        "command with --ckpt_path runs/quickstart/version_0/checkpoints/last.ckpt\n"
+    )
     last = tmp_path / "runs/quickstart/version_0/checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 5
     out = quickstart(*interval, "--ckpt_path", str(last))

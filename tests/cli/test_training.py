@@ -1,6 +1,7 @@
 """``fit`` and its kin: configs and how they compose, references that follow overrides, and what ends a run."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -174,6 +175,43 @@ def test_a_bug_elsewhere_keeps_its_traceback(base):
 
 def test_ctrl_c_is_exit_code_130(base):
     assert main(["fit", "--config", base, "--trainer.callbacks.fail", "interrupt"]) == 130
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_after_ctrl_c_no_checkpoint_of_an_earlier_run_is_named(base, tmp_path, capsys):
+    options = ["fit", "--config", base, "--trainer.logger", "false"]
+    assert main(options) == 0
+    (old,) = tmp_path.glob("checkpoints/*.ckpt")
+    os.utime(old, (1, 1))
+    assert main([*options, "--trainer.callbacks.fail", "interrupt"]) == 130
+    assert "To go on" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        ([], ["--vars.steps", "3"], "the checkpoint is at step 4, beyond trainer.max_steps=3. Raise that to train on."),
+        ([], [], "the checkpoint is at step 4, where the run ends by trainer.max_steps=4. Raise"),
+        (
+            ["--vars.steps=-1", "--trainer.max_epochs", "1"],
+            [],
+            "at epoch 1, where the run ends by trainer.max_epochs=1.",
+        ),
+        ([], ["--vars.steps", "5"], ""),
+        ([], ["--vars.steps", "8"], ""),
+    ],
+    ids=["beyond", "at the end", "of epochs", "in an epoch", "on to the end of an epoch"],
+)
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_that_has_nothing_left_to_train_says_so(first, then, told, base, tmp_path, capsys):
+    command = ["fit", "--config", base, *first]
+    assert main(command) == 0
+    (saved,) = tmp_path.glob("runs/cli/version_0/checkpoints/*.ckpt")
+    capsys.readouterr()
+    assert main([*command, *then, "--ckpt_path", str(saved)]) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "nothing was trained" in line]
+    assert len(warned) == bool(told)
+    assert all(line.startswith("lightning-stable: warning: ") and told in line for line in warned)
 
 
 def test_modules_of_the_current_directory_can_be_named(base, tmp_path):

@@ -1,11 +1,13 @@
 """What is wrong with a config or an option: one message that names it, and the exit code."""
 
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
 from lightning_stable.cli.main import main
 from lightning_stable.cli.values import explain_value
+from lightning_stable.precision import _torchao
 
 
 @pytest.mark.parametrize(
@@ -27,13 +29,29 @@ from lightning_stable.cli.values import explain_value
         ("trainer: {strategy: lightning_stable.CO2Strateg}", ["Did you mean 'lightning_stable.CO2Strategy'"]),
         ("trainer: {max_steps: '${vars.stepz}'}", ["trainer.max_steps", "${vars.stepz}", "--vars.stepz"]),
         ("trainer: {max_steps: many}", ["trainer.max_steps", "many"]),
-        ("trainer: [", ["parsing"]),
+        ("trainer: [", ["--config wrong.yaml is no YAML", "parsing", "in line 1, column"]),
+        (
+            "trainer:\n\tmax_steps: 3",
+            ["--config wrong.yaml is no YAML", "'\\t' that cannot start", "in line 2, column 1"],
+        ),
+        ("- a\n- b", ["--config wrong.yaml is no mapping of settings but a list"]),
+        ("max_steps", ["--config wrong.yaml is no mapping of settings but a text"]),
+        ("vars: {tag: \udce9}", ["--config wrong.yaml is no text in UTF-8", "Save it anew"]),
+        (
+            "model: {class_path: clifixtures.CliModule}",
+            [
+                "clifixtures has to be importable from where you start: as clifixtures.py in the current folder",
+                "Did you mean 'cli_fixtures.CliModule'?",
+            ],
+        ),
+        ("model: {class_path: nowhere_at_all.Net}", ["nowhere_at_all.py in the current folder, or installed.\n"]),
         ("trainer: 3", ["wrong.yaml", "trainer is 3. Give it settings"]),
         ("trainer:\nmodel: {class_path: cli_fixtures.CliModule}", ["wrong.yaml", "trainer is empty. Give it settings"]),
     ],
 )
 def test_a_wrong_config_names_the_key_and_is_exit_code_2(text, parts, base, tmp_path, capsys):
-    (tmp_path / "wrong.yaml").write_text(text)
+    (tmp_path / "wrong.yaml").write_text(text, errors="surrogateescape")
+    (tmp_path / "cli_fixtures.py").touch()
     assert main(["fit", "--config", base, "--config", "wrong.yaml"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("lightning-stable: error: ")
@@ -52,6 +70,9 @@ def test_a_wrong_config_names_the_key_and_is_exit_code_2(text, parts, base, tmp_
         (["fit", "--config", "base.yaml", "--config", "addon:emaa"], ["addon 'emaa'", "'ema'"]),
         (["fit", "--config", "recipe:quikstart"], ["recipe 'quikstart'", "'quickstart'"]),
         (["fit", "--config", "base.yaml", "--trainer.max_stepz", "3"], ["'trainer.max_stepz'", "'trainer.max_steps'"]),
+        (["fit", "--config", "base.yaml", "--trainer.max_step=3"], ["'trainer.max_step'", "mean 'trainer.max_steps'"]),
+        (["fit", "--conf", "base.yaml"], ["'conf'", "Did you mean 'config'"]),
+        (["plot", "--outp", "gap.png", "here"], ["Unrecognized arguments: --outp"]),
         (["run", "quickstart", "--config", "addon:ema"], ["recipe:quickstart and addon:ema both bring EMA"]),
         (["run", "quickstart", "--vars.ema_deacy", "0.5"], ["vars.ema_deacy", "nothing refers to it", "'ema_decay'"]),
         (
@@ -68,6 +89,9 @@ def test_a_wrong_config_names_the_key_and_is_exit_code_2(text, parts, base, tmp_
         "no addon",
         "no recipe",
         "no option",
+        "shortened",
+        "config shortened",
+        "shortened elsewhere",
         "twice",
         "no variable",
         "variable of an addon",
@@ -208,5 +232,33 @@ def test_a_bug_in_the_constructor_of_a_plugin_within_a_list_keeps_its_traceback(
         "        raise ValueError('a bug of the user')\n"
     )
     (tmp_path / "plugins.yaml").write_text("trainer: {plugins: [{class_path: own_plugin_of_the_test.OwnPrecision}]}")
-    with pytest.raises(ValueError, match="a bug of the user"):
+    with pytest.raises(ValueError, match=r"a.bug.of.the.user"):
         main(["fit", "--config", base, "--config", "plugins.yaml"])
+
+
+def test_a_missing_package_is_one_message_that_says_what_to_install(base, monkeypatch, capsys):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(_torchao, "version", missing)
+    command = ["fit", "--config", base, "-c", "addon:float8"]
+    assert main(command) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("lightning-stable: error:")]
+    assert "Float8Precision needs torchao" in line
+    assert "pip install" in line
+    with pytest.raises(ValueError, match="Float8Precision needs torchao"):  # the parser's, with all that it tried
+        main([*command, "--debug"])
+
+
+@pytest.mark.parametrize("code", ["raise ModuleNotFoundError('a bug of the user')", "import a_bug_of_the_user"])
+def test_a_missing_module_of_the_user_keeps_its_traceback(code, base, tmp_path):
+    (tmp_path / "own_missing_of_the_test.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class OwnCallback(Callback):\n"
+        "    def __init__(self):\n"
+        f"        {code}\n"
+    )
+    with pytest.raises(ModuleNotFoundError, match=r"a.bug.of.the.user"):
+        main(["fit", "--config", base, "--trainer.callbacks+=own_missing_of_the_test.OwnCallback"])
