@@ -15,8 +15,10 @@ preload("contract.preloaded")
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Return one worker more than there are cores: some tests wait for processes of their own."""
-    return (os.cpu_count() or 1) + 1
+    """Return one worker more than there are cores to use: some tests wait for processes of their own."""
+    told = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(told) if told else cores + 1
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,11 @@
 """The documents, the blocks of code in them, and the commands in those."""
 
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from lightning_stable.testing.examples import shell_commands
 
 __all__ = [
     "CARDS",
@@ -65,17 +66,5 @@ def shell_lines(document: Path) -> list[list[str]]:
 
 
 def commands_of(block: Block) -> Iterator[list[str]]:
-    """Yield the words of each command, without the variables before it, and the files that output goes to."""
-    for line in block.code.replace("\\\n", " ").splitlines():
-        command: list[str] = []
-        words = iter(shlex.split(line, comments=True))
-        for word in words:
-            if word in ("|", "&&", "||", ";"):
-                yield command
-                command = []
-            elif word in (">", ">>"):
-                next(words)
-            elif command or not re.match(r"[A-Z_]+=", word):
-                command.append(word)
-        if command:
-            yield command
+    """Yield the words of each command in a block."""
+    return shell_commands(block.code)

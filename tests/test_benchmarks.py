@@ -24,7 +24,7 @@ def run_script(path, folder, said):
     sys.argv = [path, "--quick"]
     sys.path.insert(0, str(FOLDER))
     main = sys.modules["__main__"]
-    main.__file__, main.__spec__ = path, None  # where the processes of its own find what they run
+    main.__name__, main.__file__, main.__spec__ = "__main__", path, None  # for processes of its own
     exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), vars(main))  # noqa: S102  our own script
 
 

@@ -5,13 +5,15 @@ Those of the cards that are about the card's own module run in `tests/contract/`
 """
 
 import importlib
-import logging
-import shutil
+import re
+import shlex
 import sys
 
 import pytest
 from doc_blocks import CARDS, DOCUMENTS, PAGES, README, Block, all_blocks, commands_of
 from doc_reader import Reader, made_small
+
+from lightning_stable.testing.process import quiet_host
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +26,10 @@ def folder(tmp_path, monkeypatch):
     """An empty working directory whose modules can be imported, as that of a reader who starts Python in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "level", logging.WARNING)  # its tips fill the output
     importlib.invalidate_caches()
     before = set(sys.modules)
-    yield tmp_path
+    with quiet_host():
+        yield tmp_path
     for name in set(sys.modules) - before:
         file = getattr(sys.modules[name], "__file__", None)
         if file and file.startswith(str(tmp_path)):
@@ -50,7 +52,7 @@ def test_the_blocks_of_a_page_run(page, folder):
 
 def commands_beside(card):
     """Return the commands of a card that are not about the card's own module."""
-    blocks = [block for block in all_blocks(card) if block.language == "bash"]
+    blocks = [block for block in all_blocks(card) if block.language == "bash" and "no-run" not in block.attributes]
     return [words for block in blocks for words in commands_of(block) if "mine.yaml" not in words]
 
 
@@ -58,7 +60,7 @@ def commands_beside(card):
 def test_the_commands_of_a_card_run(card, folder):
     reader = Reader(card, folder)
     for words in commands_beside(card):
-        reader.run(Block("bash", {}, " ".join(words)))
+        reader.run(Block("bash", {}, shlex.join(words)))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -70,6 +72,17 @@ def test_what_does_not_run_says_why(document):
             assert block.attributes.keys() <= {"file", "no-run"}, f"unknown attributes {block.attributes}"
             reason = block.attributes.get("no-run", "it runs")
             assert len(reason.split()) > 1, f"{document.name}: no-run needs its reason, not {reason!r}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_block_is_written_so_that_it_is_not_seen(document):
+    """In a list, by other marks, or in a language that nothing runs."""
+    text = document.read_text(encoding="utf-8")
+    fences = re.findall(r"^[ \t]*(?:```|~~~).*$", text, re.MULTILINE)
+    directives = [fence for fence in fences if re.match(r"```\{(?:toctree|include)\}", fence)]
+    blocks = all_blocks(document)
+    assert len(fences) == 2 * (len(blocks) + len(directives)), "a fence stands in a list, or has other marks"
+    assert {block.language for block in blocks} <= {"python", "yaml", "bash", "text", "toml"}
 
 
 # ----------------------------------------------------------------------------- it bites
@@ -93,8 +106,7 @@ def test_a_block_that_does_not_run_is_found(block, problem, folder):
         Reader(README, folder).run(block)
 
 
-def test_what_is_made_small_is_still_the_command(folder):
-    shutil.copy(README, folder)
+def test_what_is_made_small_is_still_the_command():
     words = ["run", "lm_pretrain", "--vars.max_steps", "4000"]
     assert made_small(words)[: len(words)] == words
     assert made_small(["list"]) == ["list"]

@@ -13,7 +13,7 @@ import shlex
 import sys
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from typing_extensions import override
 
-__all__ = ["StopSoon", "run_examples"]
+__all__ = ["StopSoon", "run_examples", "shell_commands"]
 
-_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LENGTH, _STEPS = 3000, 2
 
 
@@ -39,7 +39,9 @@ class StopSoon(Callback):
 
 
 def run_examples(name: str, text: str, addons: Sequence[Path], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the blocks of a card.
+    """Run the blocks of a card, but for those that give a reason on their first line, as in ``no-run="needs a GPU"``.
+
+    Of commands these are the ones about ``mine.yaml``: what else a card names may be on another machine.
 
     Args:
         name: The card's, for messages.
@@ -51,7 +53,7 @@ def run_examples(name: str, text: str, addons: Sequence[Path], folder: Path, mon
     Raises:
         AssertionError: There is no Python in it, a config or a command fails, or there is no module to run them on.
     """
-    blocks: list[tuple[str, str]] = _BLOCK.findall(text)
+    blocks = [(language, code) for language, rest, code in _BLOCK.findall(text) if "no-run=" not in rest]
     python = [code for language, code in blocks if language == "python"]
     assert python, f"{name} has no Python example"
     monkeypatch.chdir(folder)
@@ -65,20 +67,37 @@ def run_examples(name: str, text: str, addons: Sequence[Path], folder: Path, mon
         _run(words, what)
 
 
+def shell_commands(code: str) -> Iterator[list[str]]:
+    """Yield the words of each command of a shell, without variables before it, and files that output goes to."""
+    for line in code.replace("\\\n", " ").splitlines():
+        command: list[str] = []
+        words = iter(shlex.split(line.removeprefix("$ "), comments=True))
+        for word in words:
+            if word in ("|", "&&", "||", ";"):
+                yield command
+                command = []
+            elif word in (">", ">>"):
+                next(words)
+            elif command or not re.match(r"[A-Z_]+=", word):
+                command.append(word)
+        if command:
+            yield command
+
+
 def _commands(name: str, blocks: list[tuple[str, str]], addons: dict[str, str], folder: Path) -> dict[str, list[str]]:
-    """Return the commands of a card that train ``mine.yaml``, and one for each config; keys say where it stands."""
+    """Return the commands of a card that are about ``mine.yaml``, and one for each config; keys say where it stands."""
     found = {}
     for number, (language, code) in enumerate(blocks):
         if language == "yaml":
-            assert isinstance(yaml.safe_load(code), dict), f"{name}: a YAML block is no mapping"
+            settings = yaml.safe_load(code)
+            assert isinstance(settings, dict), f"{name}: a YAML block is no mapping"
             config = folder / f"block-{number}.yaml"
             config.write_text(code, encoding="utf-8")
-            found[f"{name}, the config\n{code}"] = ["fit", "--config", "mine.yaml", "--config", str(config)]
-        if language == "bash":
-            for line in code.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words[:4] == ["lightning-stable", "fit", "--config", "mine.yaml"]:
-                    found[f"{name}, the command\n{line}"] = [addons.get(word, word) for word in words[1:]]
+            mine = [] if {"model", "extends"} & settings.keys() else ["--config", "mine.yaml"]
+            found[f"{name}, the config\n{code}"] = ["fit", *mine, "--config", str(config)]
+        for words in shell_commands(code) if language == "bash" else ():
+            if words[0] == "lightning-stable" and any(word.endswith("mine.yaml") for word in words):
+                found[f"{name}, the command\n{shlex.join(words)}"] = [addons.get(word, word) for word in words[1:]]
     return found
 
 
@@ -113,10 +132,8 @@ def _write_config(fitted: dict[str, Any], folder: Path, monkeypatch: pytest.Monk
                 "class_path": "lightning.pytorch.loggers.CSVLogger",
                 "init_args": {"save_dir": "runs", "name": "mine"},
             },
-            "enable_checkpointing": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "callbacks": [{"class_path": f"{__name__}.{StopSoon.__name__}"}],
         },
     }
     data = fitted.get("datamodule") or fitted.get("train_dataloaders")
@@ -164,5 +181,6 @@ def _run(words: list[str], what: str) -> None:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Training ended at optimizer step")  # so it does, here
-        code = main([*words, "--trainer.devices", "1"])
+        stop = ["--trainer.callbacks+", f"{__name__}.{StopSoon.__name__}"] if words[0] == "fit" else []
+        code = main([*words, "--trainer.devices", "1", *stop])
     assert code == 0, f"{what}\nends with exit code {code}:\n{said.getvalue()}"

@@ -64,9 +64,16 @@ def fork(target: Callable[..., None], *arguments: Any) -> Any:
         target: A function that the process can import.
         *arguments: What it is called with.
     """
-    process = _server().Process(target=target, args=arguments)
+    process = _server().Process(target=_call, args=(dict(os.environ), target, arguments))
     process.start()
     return process
+
+
+def _call(environment: dict[str, str], target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    target(*arguments)
 
 
 def received(pipe: Connection) -> tuple[str, Any]:

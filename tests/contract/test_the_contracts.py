@@ -311,6 +311,7 @@ def test_11_card_bites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (whole.replace("clip_val", "clip_vale"), "(?s)the config.*ends with exit code 2.*gradient_clip_vale"),
         (whole.replace("max_epochs", "max_epochz"), "(?s)the command.*ends with exit code 2.*max_epochz"),
+        (whole.replace("fit --config mine.yaml", "validate -c mine.yaml --speed 1 > file"), "(?s)the command.*--speed"),
         (whole.replace(".fit(BoringModel())", ""), "it fits none"),
     ):
         card.write_text(damaged)
