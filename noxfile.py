@@ -9,6 +9,9 @@
 
 ``make test`` remains the suite, on the exact versions of ``constraints.txt``. Here it runs on every Python, and with
 the oldest and the newest versions that ``pyproject.toml`` allows. The oldest are read from there and said nowhere else.
+A session of the matrix takes whatever torch the package index gives: on Linux that is the one for NVIDIA GPUs, and each
+session downloads and unpacks gigabytes. An extra that wants a newer package than the oldest one is left out beside it,
+and the tests that need it are skipped.
 """
 
 import shutil
@@ -44,13 +47,26 @@ def minimum(project: dict) -> dict[str, str]:
     return found
 
 
-def pins(project: dict, bound: str, package: str) -> list[str]:
-    """Return what pip has to be told besides ``.[dev]``, for one session of the matrix."""
+def developers(project: dict, pinned: dict[str, str]) -> list[str]:
+    """Return what ``.[dev]`` asks for, without the extras that do not allow a version of ``pinned``."""
+    groups = {name: [*map(Requirement, lines)] for name, lines in project["project"]["optional-dependencies"].items()}
+
+    def allowed(extra: str) -> bool:
+        return all(item.specifier.contains(pinned[item.name]) for item in groups[extra] if item.name in pinned)
+
+    own = project["project"]["name"]
+    extras = sorted(extra for item in groups["dev"] if item.name == own for extra in item.extras if allowed(extra))
+    return [f".[{','.join(extras)}]", *(str(item) for item in groups["dev"] if item.name != own)]
+
+
+def needs(project: dict, bound: str, package: str) -> list[str]:
+    """Return what pip has to install, the checkout first, for one session of the matrix."""
     lowest = minimum(project)
     names = list(lowest) if package == "all" else [package]
-    if bound == "minimum":
-        return [f"{name}=={lowest[name]}" for name in names]
-    return ["--upgrade", *names]
+    if bound == "newest":
+        return [".[dev]", "--upgrade", *names]
+    pinned = {name: lowest[name] for name in names}
+    return [*developers(project, pinned), *(f"{name}=={version}" for name, version in pinned.items())]
 
 
 def run_tests(session: nox.Session, *options: str) -> None:
@@ -70,7 +86,7 @@ def tests(session: nox.Session) -> None:
 @nox.parametrize("bound", ["minimum", "newest"])
 def matrix(session: nox.Session, bound: str, package: str) -> None:
     """Run a part of the suite with the oldest, or with the newest version of a package."""
-    session.install("--editable", ".[dev]", *pins(nox.project.load_toml("pyproject.toml"), bound, package))
+    session.install("--editable", *needs(nox.project.load_toml("pyproject.toml"), bound, package))
     session.run("python", "-m", "pip", "list")
     # Other versions warn of other things than those that the settings of pytest know.
     run_tests(session, "-W", "default", *(session.posargs or PARTS[package]))

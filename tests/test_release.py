@@ -21,8 +21,11 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from lightning_stable.precision import _torchao
+
 ROOT = Path(__file__).resolve().parents[1]
-CORE = ProjectMetadata(str(ROOT), PluginManager()).core
+METADATA = ProjectMetadata(str(ROOT), PluginManager())
+CORE = METADATA.core
 # What an import is called, where it is not the name of its distribution.
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 
@@ -173,12 +176,14 @@ def nox():
     def passing(*given, **_):
         return given[0] if given and callable(given[0]) else lambda function: function
 
+    # As it is written: an extra names others there.
+    project = {**METADATA.config["project"], "dependencies": CORE.dependencies}
     names = {
         "session": passing,
         "parametrize": passing,
         "options": types.SimpleNamespace(),
         "Session": Session,
-        "project": types.SimpleNamespace(load_toml=lambda file: {"project": {"dependencies": CORE.dependencies}}),
+        "project": types.SimpleNamespace(load_toml=lambda file: {"project": project}),
     }
     before = sys.modules.get("nox")
     sys.modules["nox"] = types.ModuleType("nox")
@@ -205,6 +210,27 @@ def test_the_matrix_takes_the_lowest_versions_from_the_declaration():
     session = Session()
     noxfile["matrix"](session, bound="newest", package="peft")
     assert session.installed[-2:] == ["--upgrade", "peft"]
+
+
+def test_the_oldest_torch_is_installed_without_the_extra_that_wants_a_newer_one():
+    noxfile = nox()
+    written = list(map(Requirement, METADATA.config["project"]["optional-dependencies"]["dev"]))
+    (own,) = [line for line in written if line.name == CORE.raw_name]
+    for package in noxfile["PARTS"]:
+        session = Session()
+        noxfile["matrix"](session, bound="minimum", package=package)
+        option, checkout, *rest = session.installed
+        assert option == "--editable"
+        extras = Requirement(f"it{checkout.removeprefix('.')}").extras
+        assert own.extras - extras == ({"torchao"} if package in ("torch", "all") else set())
+        words = list(map(Requirement, rest))
+        assert {line.name for line in written} - {own.name} <= {word.name for word in words}
+        # What is asked for together can be installed together.
+        lines = [*CORE.dependencies, *(line for extra in extras for line in CORE.optional_dependencies[extra])]
+        pinned = {word.name: part.version for word in words for part in word.specifier if part.operator == "=="}
+        assert pinned
+        for line in map(Requirement, lines):
+            assert line.name not in pinned or line.specifier.contains(pinned[line.name]), line
 
 
 @pytest.mark.parametrize("posargs", [(), ("tests/functional",)], ids=str)
@@ -311,3 +337,10 @@ def test_what_is_loaded_is_loaded_as_the_security_page_says():
     assert not [call for call in found if call[1] in ("pickle.load", "pickle.loads", "eval", "exec", "os.system")]
     assert not [call for call in found if "trust_remote_code" in call[2] or call[2].get("shell") == "True"]
     assert not [call for call in found if call[1] in ("yaml.unsafe_load", "yaml.full_load", "tempfile.mktemp")]
+
+
+def test_the_plugins_on_torchao_ask_for_what_their_extra_declares():
+    extra = map(Requirement, CORE.optional_dependencies["torchao"])
+    lowest = {item.name: part.version for item in extra for part in item.specifier}
+    assert Version(lowest["torchao"]) == Version(_torchao._OLDEST)
+    assert Version(lowest["torch"]) == Version(_torchao._OLDEST_TORCH)

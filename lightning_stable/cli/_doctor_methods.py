@@ -24,12 +24,15 @@ DRAWS = {
 """What methods do without matplotlib: those that draw."""
 
 
-def check_methods(packages: Iterable[Package], machine: Machine) -> tuple[list[MethodCheck], list[Finding]]:
+def check_methods(
+    packages: Iterable[Package], machine: Machine, known: Iterable[Finding] = ()
+) -> tuple[list[MethodCheck], list[Finding]]:
     """Return for each method whether it runs here, and what there is to say of those that should and do not.
 
     Args:
         packages: The packages, those that do not import marked.
         machine: What there is to compute with.
+        known: What has been found of the packages, and need not be said again.
     """
     packages = list(packages)
     missing = {
@@ -37,7 +40,7 @@ def check_methods(packages: Iterable[Package], machine: Machine) -> tuple[list[M
         for package in packages
         if package.status in ("missing", "broken") or is_harmful(package)
     }
-    told = {package.name for package in packages if package.status != "ok"}
+    told = {package.name for package in packages if package.status != "ok"} | {finding.subject for finding in known}
     rows = [(method, "") for method in METHODS]
     rows += [(method, extension.distribution) for extension in extensions() for method in extension.methods]
     found: list[MethodCheck] = []
@@ -125,7 +128,7 @@ def _check_precision(
         plugin = cls()
     except ImportError as error:
         check = check._replace(runs="no", why=first_line(error))
-        return check, None if "torchao" in told else _of_the_extra(check)
+        return check, None if {"torch", "torchao"} & set(told) else _of_the_extra(check)
     formats, refusals = [], []
     for device in _devices(machine):
         try:

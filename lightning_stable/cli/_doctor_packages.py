@@ -105,8 +105,10 @@ def check_packages() -> tuple[list[Package], list[Finding]]:
     else:
         lines, extras = distribution.requires or [], distribution.metadata.get_all("Provides-Extra") or []
         findings += _installation(distribution.version)
-    packages = [_look(*entry) for entry in _entries([Requirement(line) for line in lines], extras)]
-    return packages, [*findings, *_beside(), *(finding for package in packages for finding in _judge(package))]
+    declared = [Requirement(line) for line in lines]
+    packages = [_look(*entry) for entry in _entries(declared, extras)]
+    findings += [*_beside(), *(finding for package in packages for finding in _judge(package))]
+    return packages, [*findings, *_beneath(packages, declared)]
 
 
 def is_harmful(package: Package) -> bool:
@@ -139,9 +141,10 @@ def _entries(declared: list[Any], extras: list[str]) -> Iterator[tuple[str, str,
     """Yield name, range and extra of what a user's installation can have, without what is for other machines."""
     always = [item for item in declared if item.marker is None or item.marker.evaluate({"extra": ""})]
     yield from ((item.name, _range(item.specifier), "") for item in always)
+    names = {item.name for item in always}
     for extra in (extra for extra in extras if extra not in _DEVELOPERS):
         for item in declared:
-            if item not in always and item.marker.evaluate({"extra": extra}):
+            if item.name not in names and item.marker.evaluate({"extra": extra}):
                 yield item.name, _range(item.specifier), extra
 
 
@@ -197,6 +200,21 @@ def _judge(package: Package) -> Iterator[Finding]:
     elif package.status == "outside":
         text = f"{package.installed} is installed, and {needed} is needed"
         yield Finding("warning" if package.extra else "error", name, text, f"pip install '{name}{needed}'")
+
+
+def _beneath(packages: list[Package], declared: list[Any]) -> Iterator[Finding]:
+    """Yield what is too old for an extra that is installed, though not for the rest."""
+    states = {package.name: package for package in packages}
+    for package in (package for package in packages if package.extra and package.installed):
+        for item in declared:
+            below = states.get(item.name)
+            wanted = item.marker is not None and item.marker.evaluate({"extra": package.extra})
+            if not wanted or below is None or below.extra or below.status != "ok":
+                continue
+            if not item.specifier.contains(below.installed, prereleases=True):
+                needed = _range(item.specifier)
+                text = f"{below.installed} is installed, and {package.name}, which is too, needs {needed}"
+                yield Finding("warning", item.name, text, f"pip install '{item.name}{needed}'")
 
 
 def _installation(installed: str) -> Iterator[Finding]:

@@ -65,7 +65,7 @@ def diagnose() -> Diagnosis:
     packages, problems = import_problems(declared)
     torch_works = any(package.name == "torch" and package.status not in ("missing", "broken") for package in packages)
     machine, limits = check_machine(torch_works=torch_works)
-    methods, faults = check_methods(packages, machine)
+    methods, faults = check_methods(packages, machine, findings)
     rank = {"error": 0, "warning": 1, "note": 2}
     found = sorted([*findings, *problems, *limits, *faults], key=lambda finding: rank[finding.level])
     return Diagnosis(tuple(packages), machine, tuple(methods), tuple(found))

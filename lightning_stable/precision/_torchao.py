@@ -26,6 +26,8 @@ from lightning_stable.precision._torchao_layers import Choice, LayerSwitch, Samp
 __all__ = ["TorchaoPrecision", "check_cuda"]
 
 _OLDEST = "0.18.0"
+# torchao declares none, and with an older one its import fails without a word about versions.
+_OLDEST_TORCH = "2.11"
 _INSTALL = 'pip install "lightning-stable[torchao]"'
 _MOST_NAMES = 10
 # What torchao's import logs where there is no GPU, or about torch: of no use to anybody who trains.
@@ -48,7 +50,7 @@ class TorchaoPrecision(Precision, ABC):
             the weights that are trained are in float32.
 
     Raises:
-        ImportError: If torchao is missing or too old.
+        ImportError: If torchao is missing, or it or torch is too old.
         ValueError: If a setting is not allowed.
     """
 
@@ -228,13 +230,20 @@ def _quietly() -> Iterator[None]:
 
 
 def _require_torchao(owner: str) -> None:
-    """Raise ``ImportError`` unless torchao is there and new enough; it is not imported yet."""
+    """Raise ``ImportError`` unless torchao is there, and it and torch are new enough; it is not imported yet."""
     try:
         found = version("torchao")
     except PackageNotFoundError:
         raise ModuleNotFoundError(f"{owner} needs torchao {_OLDEST} or newer: {_INSTALL}") from None
     if Version(found) < Version(_OLDEST):
         raise ImportError(f"{owner} needs torchao {_OLDEST} or newer, and {found} is installed: {_INSTALL}")
+    beneath = version("torch")
+    # Builds of a version before its release count as it: NVIDIA's containers have them.
+    if Version(Version(beneath).base_version) < Version(_OLDEST_TORCH):
+        raise ImportError(
+            f"{owner} needs torch {_OLDEST_TORCH} or newer, for torchao {found}, and {beneath} is installed: "
+            f'pip install "torch>={_OLDEST_TORCH}", or use SimulatedPrecision, which works with any torch'
+        )
 
 
 def _check_strategy(owner: str, trainer: Trainer) -> None:

@@ -50,7 +50,7 @@ class Float8Precision(TorchaoPrecision):
         emulate: Multiply in float32 what was cast to float8. By default on the CPU alone.
 
     Raises:
-        ImportError: If torchao is missing or too old.
+        ImportError: If torchao is missing, or it or torch is too old.
         ValueError: If a setting is not allowed; when training begins, for a device without float8 kernels, a strategy
             that does not go with it, and filters that leave no layer.
     """

@@ -89,7 +89,7 @@ class Int8Precision(TorchaoPrecision):
         grad_weight: Whether the product that gives the gradient of the weight is.
 
     Raises:
-        ImportError: If torchao is missing or too old.
+        ImportError: If torchao is missing, or it or torch is too old.
         ValueError: If a setting is not allowed; when training begins, for a device without int8 kernels, a strategy
             that does not go with it, and filters that leave no layer.
     """

@@ -27,6 +27,7 @@ REQUIRES = [
     "peft>=0.20",
     "windows-only>=1; platform_system == 'Nowhere'",
     "torchao>=0.18; extra == 'torchao'",
+    "torch>=2.11; extra == 'torchao'",
     "matplotlib>=3.8; extra == 'plots'",
     "ruff>=0.9; extra == 'dev'",
     "lightning-stable[plots]; extra == 'dev'",
@@ -106,6 +107,17 @@ def test_what_is_wrong_with_a_package_is_a_finding(installed, changes, name, sta
     assert (finding.level, finding.subject) == (level, name)
     for part in parts:
         assert part in f"{finding.text} {finding.cure}"
+
+
+@pytest.mark.parametrize("torchao", ["0.18.0", None])
+def test_a_torch_that_is_too_old_for_an_extra_is_a_warning_where_the_extra_is_installed(installed, torchao):
+    installed(torch="2.6.0", torchao=torchao)
+    packages, findings = check_packages()
+    assert named(packages, "torch") == Package("torch", "2.6.0", ">=2.6", "", "ok"), "listed once, as always needed"
+    told = [finding for finding in findings if finding.subject == "torch"]
+    text = "2.6.0 is installed, and torchao, which is too, needs >=2.11"
+    assert told == ([Finding("warning", "torch", text, "pip install 'torch>=2.11'")] if torchao else [])
+    assert [finding.subject for finding in findings] == (["torch"] if torchao else ["torchao"])
 
 
 def test_only_compromised_releases_are_not_imported(installed, monkeypatch):
@@ -341,6 +353,23 @@ def test_a_machine_without_the_extras_passes_the_strict_gate_and_is_told_once_of
         ("note", "matplotlib", "pip install 'lightning-stable[plots]'"),
     ]
     assert {method["name"] for method in found["methods"] if method["runs"] == "no"} == {"float8", "int8"}
+
+
+def test_methods_on_torchao_say_that_torch_is_too_old_and_the_warning_is_told_once(installed, monkeypatch, capsys):
+    installed(pytorch_lightning=None, torch="2.6.0")
+    monkeypatch.setattr("lightning_stable.precision._torchao.version", importlib.metadata.version)
+    monkeypatch.setattr(_doctor_packages, "_import_problem", lambda name: None)
+    monkeypatch.setattr("lightning_stable.cli._doctor_machine.check_machine", lambda torch_works: (CPU, []))
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(each["level"], each["subject"]) for each in found["findings"]] == [("warning", "torch")]
+    refused = {method["name"]: method["why"] for method in found["methods"] if method["runs"] == "no"}
+    assert set(refused) == {"float8", "int8"}
+    for why in refused.values():
+        assert "needs torch 2.11 or newer, for torchao 0.18.0, and 2.6.0 is installed" in why
+    _, notes = check_methods([], CPU)
+    assert {note.subject for note in notes} == {"float8", "int8"}, "where no declaration told it, they do"
+    assert {(note.level, note.cure.partition(",")[0]) for note in notes} == {("note", 'pip install "torch>=2.11"')}
 
 
 def test_a_missing_torch_is_a_finding_and_no_traceback(installed, monkeypatch, capsys):

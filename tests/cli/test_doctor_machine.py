@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from doctor_fixtures import CPU, fake_torch, named
+from precision.torchao_samples import needs_torchao
 
 from lightning_stable.cli import _doctor_machine, _doctor_methods
 from lightning_stable.cli._doctor_findings import Gpu, MethodCheck, Package
@@ -122,6 +123,7 @@ def packages_with(**states):
     return [Package(name, "1", "", "", state) for name, state in states.items()]
 
 
+@needs_torchao
 def test_every_method_runs_here():
     methods, findings = check_methods([], CPU)
     assert findings == []
@@ -178,6 +180,7 @@ def test_without_torchao_its_methods_say_how_to_get_it(monkeypatch):
     assert check_methods([without], CPU)[1] == [], "the package itself is the finding"
 
 
+@needs_torchao
 @pytest.mark.parametrize(
     ("capability", "float8", "int8"),
     [((9, 0), "yes", "yes"), ((8, 0), "no", "yes"), ((7, 5), "no", "no")],
@@ -197,6 +200,7 @@ def test_precision_plugins_are_asked_for_the_gpu(monkeypatch, capability, float8
     assert named(methods, "co2").runs == "limited", "no nccl for the GPU"
 
 
+@needs_torchao
 def test_of_two_different_gpus_the_one_that_cannot_is_named(monkeypatch):
     fake_torch(monkeypatch, [], ("New", 9, 0), ("Old", 8, 0))
     gpus = (Gpu("New", "9.0", 80.0), Gpu("Old", "8.0", 40.0))
@@ -210,6 +214,7 @@ def test_of_two_different_gpus_the_one_that_cannot_is_named(monkeypatch):
     assert named(methods, "co2").why == "GPUs over nccl (there is one here)"
 
 
+@needs_torchao
 def test_strategies_need_a_back_end_and_more_than_one_process():
     methods, findings = check_methods([], CPU._replace(backends={"gloo": False, "nccl": False}))
     strategies = [method for method in methods if method.kind == "strategy"]
@@ -252,6 +257,7 @@ def test_the_methods_that_draw_are_those_whose_files_lead_to_the_figures():
     assert found == set(DRAWS)
 
 
+@needs_torchao
 def test_methods_of_other_packages_are_shown_and_their_faults_are_warnings(monkeypatch):
     rows = (
         Method("theirs", "callback", "lightning_stable.callbacks.ema.EMA", "2306.16817", "A method of another package"),
@@ -270,6 +276,7 @@ def test_methods_of_other_packages_are_shown_and_their_faults_are_warnings(monke
     }
 
 
+@needs_torchao
 def test_a_method_of_ours_that_does_not_load_is_an_error(monkeypatch):
     real = _doctor_methods.load_class
 

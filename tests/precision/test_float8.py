@@ -10,6 +10,7 @@ from contract import torchao_checks
 from contract.broken import row
 from contract.torchao_checks import to_float8
 from precision.torchao_runs import by_hand, train
+from precision.torchao_samples import needs_torchao
 from torch import nn
 
 from lightning_stable.precision.float8 import Float8Precision
@@ -18,6 +19,7 @@ from lightning_stable.testing.contracts import MOMENTS
 from lightning_stable.testing.harness import assert_same
 from lightning_stable.testing.workers import Pair
 
+pytestmark = needs_torchao
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
 

@@ -10,6 +10,7 @@ from contract import torchao_checks
 from contract.broken import row
 from contract.torchao_checks import to_int8
 from precision.torchao_runs import by_hand, train
+from precision.torchao_samples import needs_torchao
 from torch import nn
 
 from lightning_stable.precision.int8 import Int8Precision
@@ -18,6 +19,7 @@ from lightning_stable.testing.contracts import MOMENTS
 from lightning_stable.testing.harness import assert_same
 from lightning_stable.testing.workers import Pair
 
+pytestmark = needs_torchao
 PRODUCTS = ("output", "grad_input", "grad_weight")
 
 

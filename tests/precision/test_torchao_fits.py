@@ -8,11 +8,13 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from precision.torchao_runs import LOW, PLUGINS, STEPS, Mlp, batches, train, trainer_of
-from precision.torchao_samples import each
+from precision.torchao_samples import each, needs_torchao
 
 from lightning_stable.precision import _torchao
 from lightning_stable.precision.float8 import Float8Precision
 from lightning_stable.testing.workers import Pair
+
+pytestmark = needs_torchao
 
 
 @each

@@ -3,6 +3,7 @@
 import copy
 import importlib.metadata
 import logging
+import re
 import subprocess
 import sys
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from precision.torchao_runs import LOW, PLUGINS, STEPS, Mlp, batches, train, trainer_of
-from precision.torchao_samples import each
+from precision.torchao_samples import each, needs_torchao
 from torch import nn
 
 from lightning_stable.precision import _torchao
 from lightning_stable.precision._torchao_layers import LayerSwitch, Sample, choose_layers, probe
 from lightning_stable.testing.harness import assert_same
 
+pytestmark = needs_torchao
 CPU = torch.device("cpu")
 
 
@@ -59,6 +61,25 @@ def test_a_missing_or_old_torchao_is_told_with_the_cure(name: str, monkeypatch: 
     monkeypatch.setattr(_torchao, "version", lambda package: "0.9.0")
     with pytest.raises(ImportError, match=r"0\.9\.0 is installed"):
         PLUGINS[name]()
+
+
+@each
+@pytest.mark.parametrize(
+    ("found", "allowed"),
+    [("2.6.0", False), ("2.10.2+cu128", False), ("2.11.0", True), ("2.11.0a0+nv26.3", True), ("2.13.0+cpu", True)],
+)
+def test_a_torch_that_is_too_old_for_torchao_is_told_with_the_cure(
+    name: str, found: str, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_torchao, "version", {"torchao": "0.18.0", "torch": found}.__getitem__)
+    if allowed:
+        PLUGINS[name]()
+        return
+    told = f"{PLUGINS[name].__name__} needs torch 2.11 or newer, for torchao 0.18.0, and {found} is installed"
+    with pytest.raises(ImportError, match=re.escape(told)) as caught:
+        PLUGINS[name]()
+    assert 'pip install "torch>=2.11"' in str(caught.value)
+    assert "SimulatedPrecision" in str(caught.value)
 
 
 @each
