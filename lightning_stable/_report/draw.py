@@ -289,12 +289,14 @@ def range_of(panel: Panel) -> tuple[float, float] | None:
     """
     if not panel.fitted:
         return None
-    spikes = dict(panel.spikes)
+    spikes: dict[int, list[float]] = {}
+    for step, value in panel.spikes:  # of several runs, which may have one at the same step
+        spikes.setdefault(step, []).append(value)
     values = [
         value
         for line in panel.lines
         for step, value in finite(line.points)
-        if not (step in spikes and math.isclose(value, spikes[step], rel_tol=1e-3))
+        if not any(math.isclose(value, spike, rel_tol=1e-3) for spike in spikes.get(step, ()))
     ]
     if panel.log:
         values = [value for value in values if value > 0 and value >= panel.floor]

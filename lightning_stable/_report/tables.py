@@ -88,8 +88,9 @@ def final_figures(runs: Sequence[Run]) -> Table:
         ends = {each.name: each.last for each in facts.validated}
         cells = [_number(facts.loss), _number(facts.lowest_loss)]
         for name in names:
-            of = f" ({weights[name][run.name].removesuffix(' weights')})" if run.name in weights[name] else ""
-            cells.append(_number(ends.get(name)) + of)
+            last, of = ends.get(name), weights[name].get(run.name, "").removesuffix(" weights")
+            is_number = last is not None and math.isfinite(last)
+            cells.append(f"{_number(last)} ({of})" if of and is_number else _number(last))
         counts = ["-" if count is None else f"{count:,}" for count in (facts.steps, facts.epochs)]
         spikes = "-" if facts.spikes is None else str(facts.spikes)
         took = span(facts.seconds).replace(" ", "\u00a0")

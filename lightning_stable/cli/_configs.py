@@ -131,7 +131,8 @@ def addons_last(arguments: Sequence[str]) -> list[str]:
     """Return a command line in the order in which it is read: no addon stands before a file.
 
     The files behind the first addon are moved to before it. Addons keep their order, and files theirs. An option stays
-    behind the addons that it stood behind, as it may choose; one that a file takes the place of stays before that file.
+    behind the addons that it stood behind, as it may choose; one that a file takes the place of stays before that file,
+    and its sub-options with it: ``--optimizer.betas`` is for the class of ``--optimizer``, not for that of the file.
 
     Args:
         arguments: The sub-command and its options.
@@ -147,6 +148,7 @@ def addons_last(arguments: Sequence[str]) -> list[str]:
     given = [_config_of(*part) for part in parts]
     first = next((place for place, name in enumerate(given) if (name or "").startswith("addon:")), len(parts))
     configs = {place: read_configs(name) for place, name in enumerate(given) if name is not None and place >= first}
+    options = [part[0].partition("=")[0].rstrip("+") for part in parts if part]
     addons = {place: found[-1] for place, found in configs.items() if found[-1].is_addon}
     files = {place: found for place, found in configs.items() if not (found[-1].is_addon or found[-1].is_settled)}
 
@@ -155,7 +157,9 @@ def addons_last(arguments: Sequence[str]) -> list[str]:
             return place < first or place in files
         before = [addon for other, addon in addons.items() if other < place]
         later = [config for other, found in files.items() if other > place for config in found]
-        return _gives_way(parts[place][0], before, later)
+        option = parts[place][0]
+        wholes = [other for other in options if option.startswith(f"{other}.")]
+        return any(_gives_way(each, before, later) for each in (option, *wholes))
 
     places = sorted(range(len(parts)), key=lambda place: not is_ahead(place))
     return [argument for place in places for argument in parts[place]]

@@ -12,11 +12,12 @@ from lightning_stable.registry import nearest
 
 __all__ = ["check_variables", "used_variables"]
 
-_USE = re.compile(r"\$\{[^${}]*\bvars\.(\w+)")
+# As ${vars.lr}, or by brackets: ${vars[lr]}, ${[vars].lr}.
+_USE = re.compile(r"\$\{[^${}]*\bvars\]?(?:\.|\[)(\w+)")
 # All of them together, as for a logger that records them.
-_USE_OF_ALL = re.compile(r"\$\{[^${}]*\bvars\}")
+_USE_OF_ALL = re.compile(r"\$\{[^${}]*\bvars\]?\}")
 # Of a variable by another one beside it.
-_USE_BESIDE = re.compile(r"\$\{\.(\w+)\}")
+_USE_BESIDE = re.compile(r"\$\{\.\[?(\w+)")
 
 _KINDS: tuple[TemplateKind, ...] = ("addon", "recipe")
 

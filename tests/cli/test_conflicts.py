@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from lightning_stable.cli import training
+from lightning_stable.cli._configs import addons_last
 from lightning_stable.cli.main import main
 from lightning_stable.cli.training import StableCLI
 
@@ -19,6 +20,7 @@ OWN = {
     "ema": "trainer: {callbacks+: [{class_path: lightning_stable.callbacks.ema.EMA}]}",
     "step": "lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 3}}",
     "bf16": "trainer: {precision: bf16-mixed}",
+    "sgd": "optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}",
 }
 
 
@@ -185,3 +187,26 @@ def test_an_addon_of_precision_leaves_other_plugins_alone(base, fit, capsys):
         "TorchCheckpointIO",
         "SimulatedPrecision",
     ]
+
+
+BETAS = ["--optimizer", "AdamW", "--optimizer.betas", "[0.9,0.95]"]
+LOCAL = ["--trainer.strategy=CO2Strategy", "--trainer.strategy.local_steps", "8"]
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ([*addons("ema"), *BETAS, "-c", "sgd.yaml"], [*BETAS, "-c", "sgd.yaml", *addons("ema")]),
+        ([*BETAS[:2], *addons("ema"), *BETAS[2:], "-c", "sgd.yaml"], [*BETAS, "-c", "sgd.yaml", *addons("ema")]),
+        ([*addons("ema"), *LOCAL, "-c", "ddp.yaml"], [*LOCAL, "-c", "ddp.yaml", *addons("ema")]),
+        (
+            [*addons("ema"), *BETAS[:2], "-c", "sgd.yaml", "--optimizer.momentum", "0.5"],
+            [*BETAS[:2], "-c", "sgd.yaml", *addons("ema"), "--optimizer.momentum", "0.5"],
+        ),
+    ],
+    ids=["a class", "a class before the addon", "a strategy", "an option behind the file is for its class"],
+)
+def test_an_option_and_its_sub_options_stay_on_one_side_of_a_file(given, read, fit):
+    assert addons_last(["fit", *given]) == ["fit", *read]
+    code, err = fit(*given)
+    assert code == 0, err

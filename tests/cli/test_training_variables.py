@@ -28,6 +28,10 @@ def write(base, tmp_path):
         ("lr: ${vars.lr}\nsteps: ${share:${vars.steps},0.1}", {"lr", "steps"}),
         ("{a: ${..vars.lr}, b: '${fit.vars.rate}', c: x${vars.tag}y}", {"lr", "rate", "tag"}),
         ("${oc.select:vars.lr,${vars.rate}}", {"lr", "rate"}),
+        (
+            "{a: '${vars[lr]}', b: '${..vars[opt].rate}', c: '${[vars].tag}', d: '${vars.deep[0]}'}",
+            {"lr", "opt", "tag", "deep"},
+        ),
         ("# --vars.lr 3\nvars: {lr: 3}\nother: ${myvars.rate}", set()),
     ],
 )
@@ -71,9 +75,27 @@ def test_a_variable_that_nothing_refers_to_is_an_error(text, options, parts, bas
         ("vars: {first: 3, second: '${vars.first}'}\ntrainer: {min_steps: '${vars.second}'}", []),
         ("vars: {first: 3}\ntrainer: {min_steps: '${oc.select:vars.first}'}", []),
         ("vars: {first: 3}\nmodel: {init_args: {lr: 0.1}}\nother: ${vars}", []),
+        ("vars: {first: 3}\ntrainer: {min_steps: '${vars[first]}'}", []),
+        ("vars: {first: {here: 3}}\ntrainer: {min_steps: '${vars[first].here}'}", []),
+        ("vars: {first: {here: 3}, second: '${.first.here}'}\ntrainer: {min_steps: '${vars.second}'}", []),
+        ("vars: {first: 3, second: '${.[first]}'}\ntrainer: {min_steps: '${[vars][second]}'}", []),
+        ("vars: {first: 3}\nother: ${[vars]}", []),
         ("vars: 3", []),
     ],
-    ids=["an addon", "an option", "beside", "another one", "a function", "all of them", "no mapping"],
+    ids=[
+        "an addon",
+        "an option",
+        "beside",
+        "another one",
+        "a function",
+        "all of them",
+        "brackets",
+        "a part of it",
+        "a part of one beside",
+        "brackets beside",
+        "all of them in brackets",
+        "no mapping",
+    ],
 )
 def test_what_is_referred_to_is_fine(text, options, write):
     assert check_variables(["fit", "-c", write(text), *options]) == ""

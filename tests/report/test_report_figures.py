@@ -122,6 +122,15 @@ def test_averaged_values_beside_live_ones_are_marked(tmp_path):
     assert final_figures(runs[1:] * 2).caption == ""
 
 
+def test_only_a_number_is_marked_with_its_weights(tmp_path):
+    runs = [run_of(tmp_path / name, [1.0], val_loss=end) for name, end in (("a", 0.5), ("b", "nan"), ("c", 0.25))]
+    for run, given in zip(runs, ("both", "live", "live"), strict=True):
+        run.config = averaging("lightning_stable.callbacks.ema.EMA", validate_with=given)
+    table = final_figures(runs)
+    place = table.head.index("last val_loss")
+    assert [row[place] for row in table.rows] == ["0.5 (averaged)", "-", "0.25 (live)"]
+
+
 def test_the_time_of_event_files_is_not_said_to_be_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_stable._report.page.as_svg", lambda chart, prefix, wide: "<svg></svg>")
     run = run_of(tmp_path, [1.0] * 11)
@@ -145,3 +154,15 @@ def test_a_spike_that_the_record_has_is_outside_the_range(tmp_path):
     assert record_of()["spikes"]["loss"] == [[201, 9.0, 1.2]]
     (panel,) = loss_chart([read_run(tmp_path)]).panels
     assert 3.0 < range_of(panel)[1] < 9.0
+
+
+@pytest.mark.parametrize("other", [60, 61], ids=["at one step", "at two steps"])
+def test_spikes_of_two_runs_are_outside_the_range(other, tmp_path):
+    runs = []
+    for name, place, spike in (("a", 60, 500.0), ("b", other, 6.0)):
+        values = [2.0 - 0.01 * step for step in range(90)]
+        values[place] = spike
+        runs.append(run_of(tmp_path / name, values))
+    (panel,) = loss_chart(runs).panels
+    assert sorted(panel.spikes) == sorted([(61, 500.0), (other + 1, 6.0)])
+    assert 2.0 < range_of(panel)[1] < 6.0
