@@ -98,12 +98,14 @@ def host_classes() -> frozenset[str]:
 
 
 def load_classes() -> None:
-    """Import the class of every method, so that configs may give it by its bare name.
+    """Import the class of every part of a Trainer, so that configs may give it by its bare name.
 
+    Configs of PEFT are no such part; to import them takes seconds, for PEFT comes with them.
     One of another distribution that cannot be imported is told on stderr, once, and left out.
     """
     for method in METHODS:
-        load_class(method)
+        if not method.class_name.endswith("Config"):
+            load_class(method)
     for extension in extensions():
         for method in extension.methods:
             _load_foreign(method, extension.distribution)

@@ -21,7 +21,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -175,6 +174,8 @@ def _pairs(module: nn.Module) -> list[_Pair]:
     Raises:
         ValueError: If there are none, or some cannot be brought into the form.
     """
+    from peft.tuners.lora import LoraLayer  # takes seconds, which runs without adapters are spared
+
     pairs = [
         _pair(name, adapter, layer)
         for name, layer in module.named_modules()
