@@ -120,7 +120,7 @@ def _run_python(name: str, codes: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def _write_config(fitted: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write ``mine.yaml``: the class of the module that was fitted, its data, and a Trainer that soon stops."""
+    """Write ``mine.yaml``: the class of the module that was fitted, its data, and a Trainer for a long run."""
     module = type(fitted["model"])
     config: dict[str, Any] = {
         "model": {"class_path": f"{module.__module__}.{module.__qualname__}"},

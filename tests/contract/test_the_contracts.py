@@ -289,6 +289,12 @@ lightning-stable fit --config mine.yaml \\
 def test_11_card_bites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = tmp_path / "honest.md"
     under = dataclasses.replace(HONEST, card=card, class_path="contract.broken.Honest")
+
+    def refuse(damaged: str, message: str) -> None:
+        card.write_text(damaged)
+        with pytest.raises(BITES, match=message):
+            contracts.check_card(under, tmp_path, monkeypatch)
+
     whole = "# Honest\n" + "".join(f"## {heading}\n" for heading in HEADINGS) + "`factor`\n```python\nx = 1\n```\n"
     card.write_text(whole)
     contracts.check_card(under, tmp_path, monkeypatch)
@@ -298,9 +304,7 @@ def test_11_card_bites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (whole.replace("```python", "```text"), "no Python example"),
         (whole.replace("x = 1", "assert False, 'code of the card'"), "code of the card"),
     ):
-        card.write_text(damaged)
-        with pytest.raises(BITES, match=message):
-            contracts.check_card(under, tmp_path, monkeypatch)
+        refuse(damaged, message)
     whole = whole.replace("```python\nx = 1\n```\n", EXAMPLE)
     card.write_text(whole)
     contracts.check_card(under, tmp_path, monkeypatch)
@@ -314,9 +318,7 @@ def test_11_card_bites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (whole.replace("fit --config mine.yaml", "validate -c mine.yaml --speed 1 > file"), "(?s)the command.*--speed"),
         (whole.replace(".fit(BoringModel())", ""), "it fits none"),
     ):
-        card.write_text(damaged)
-        with pytest.raises(BITES, match=message):
-            contracts.check_card(under, tmp_path, monkeypatch)
+        refuse(damaged, message)
     failing = dataclasses.replace(HONEST.settings, expected_failures={"resume": "it draws lots"})
     card.write_text(whole)
     with pytest.raises(BITES, match="it draws lots"):
