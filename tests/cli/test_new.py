@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from new_fixtures import files, new
 
 from lightning_stable.cli._new_template import questions
 from lightning_stable.cli.locate import find_project_template
@@ -24,15 +25,6 @@ def _empty_folder(tmp_path, monkeypatch):
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
-
-
-def files(folder):
-    """The text of every file, by its path."""
-    return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-
-
-def new(*arguments):
-    assert main(["new", *arguments]) == 0
 
 
 # ----------------------------------------------------------------------------- options

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from cookiecutter.exceptions import FailedHookException
 from cookiecutter.main import cookiecutter
+from new_fixtures import files, new
 from packaging.requirements import Requirement
 
 from lightning_stable._extensions import NAME, host_classes
@@ -17,7 +18,6 @@ from lightning_stable.cli import _new_names
 from lightning_stable.cli._new_names import package_name, project_name
 from lightning_stable.cli._new_template import reserved
 from lightning_stable.cli.locate import CommandError, find_project_template
-from lightning_stable.cli.main import main
 
 
 @pytest.fixture(autouse=True)
@@ -25,15 +25,6 @@ def _empty_folder(tmp_path, monkeypatch):
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
-
-
-def files(folder):
-    """The text of every file, by its path."""
-    return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-
-
-def new(*arguments):
-    assert main(["new", *arguments]) == 0
 
 
 # ----------------------------------------------------------------------------- names
